@@ -1,0 +1,1 @@
+"""Reads routing traces, draws figures; knows nothing of our model."""

@@ -1,0 +1,1 @@
+"""Lossless weight compression of any Hugging Face directory."""

@@ -1,0 +1,1 @@
+"""Records, packing, order, the embedded world and its checkers."""

@@ -1,0 +1,1 @@
+"""One folder per operation; the only place that imports triton."""

@@ -1,0 +1,258 @@
+"""The nouns that cross stages: Sample, Segment, PackedBatch, SubModelSpec, RouterOutput, Manifest.
+
+Shape letters: B rows, T positions of a row, Q audio levels, D visual bits, N flattened positions,
+E experts, K chosen experts, F frames, H/W pixels, G media items of one shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ernie_elastic.errors import ConfigError
+
+# What a position is for. Used by losses and analysis only: the router never sees it.
+# paper: section 6 draws six task rows; audio understanding and generation share one there.
+TASKS = (
+    "text",
+    "image_understanding",
+    "video_understanding",
+    "image_generation",
+    "video_generation",
+    "audio_understanding",
+    "audio_generation",
+)
+TASK_ID = {name: index for index, name in enumerate(TASKS)}
+PAD_TASK = -1
+
+# The tasks that the demo judges: each is scored by a checker, beside its chance level.
+JUDGED_TASKS = (
+    "image_to_text",
+    "text_to_image",
+    "video_to_text",
+    "text_to_video",
+    "audio_to_text",
+    "text_to_audio",
+    "text",
+)
+
+SegmentKind = Literal["text", "image", "video", "audio"]
+SegmentRole = Literal["input", "target"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One part of a document.
+
+    kind "text": `text` is a string. kind "image": `array` is uint8 [H, W, 3]. kind "video": uint8
+    [F, H, W, 3]. kind "audio": float32 mono [num_samples] in [-1, 1] at the tokenizer's sample rate.
+    role "target": the model is trained to produce it. role "input": it is only read (no loss).
+    """
+
+    kind: SegmentKind
+    role: SegmentRole
+    text: str | None = None
+    array: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document: segments in reading order, plus what a checker needs to score an answer to it.
+
+    `task` is one of JUDGED_TASKS or another name that the source documents; `truth` is JSON-able.
+    """
+
+    key: str
+    task: str
+    segments: tuple[Segment, ...]
+    truth: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SubModelSpec:
+    """Which part of the elastic model runs: one frozen, hashable object.
+
+    layers: kept layer indices, increasing. experts_per_layer: for each kept layer, the kept expert ids,
+    increasing. top_k: experts per token. paper: section 4 (depth, width and sparsity elasticity).
+    """
+
+    layers: tuple[int, ...]
+    experts_per_layer: tuple[tuple[int, ...], ...]
+    top_k: int
+
+    @staticmethod
+    def full(num_layers: int, num_experts: int, top_k: int) -> SubModelSpec:
+        """The whole model."""
+        experts = tuple(range(num_experts))
+        return SubModelSpec(tuple(range(num_layers)), (experts,) * num_layers, top_k)
+
+    def is_full(self, num_layers: int, num_experts: int, top_k: int) -> bool:
+        """True when this spec leaves nothing of such a model out."""
+        return self == SubModelSpec.full(num_layers, num_experts, top_k)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer; the largest count when layers differ."""
+        return max(len(experts) for experts in self.experts_per_layer)
+
+    def label(self) -> str:
+        """Short name such as `d6-e8-k1`, as tables and served model names print it."""
+        return f"d{len(self.layers)}-e{self.num_experts}-k{self.top_k}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_json` reads back."""
+        return {
+            "layers": list(self.layers),
+            "experts_per_layer": [list(experts) for experts in self.experts_per_layer],
+            "top_k": self.top_k,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> SubModelSpec:
+        """Inverse of `to_json`. Raises ConfigError when a field is missing."""
+        try:
+            return SubModelSpec(
+                tuple(int(layer) for layer in data["layers"]),
+                tuple(tuple(int(e) for e in experts) for experts in data["experts_per_layer"]),
+                int(data["top_k"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"sub-model spec: field {error} is missing or malformed in {data!r}") from error
+
+    def validate(self, num_layers: int, num_experts: int, top_k: int, required_layers: Sequence[int] = ()) -> None:
+        """Raise ConfigError unless this spec lies inside a model of the given size.
+
+        required_layers are those that carry audio heads: they may never be dropped (ours: the report is silent).
+        """
+        if not self.layers:
+            raise ConfigError(f"sub-model spec: depth 0 of {num_layers} layers; keep at least 1 layer")
+        if list(self.layers) != sorted(set(self.layers)) or not (0 <= self.layers[0] <= self.layers[-1] < num_layers):
+            raise ConfigError(
+                f"sub-model spec: layers {list(self.layers)} must increase and lie in 0..{num_layers - 1}"
+            )
+        missing = sorted(set(required_layers) - set(self.layers))
+        if missing:
+            raise ConfigError(
+                f"sub-model spec: layers {missing} carry audio heads but are dropped by {list(self.layers)}; "
+                "keep them, or drop the heads with --drop-modality audio"
+            )
+        if len(self.experts_per_layer) != len(self.layers):
+            raise ConfigError(
+                f"sub-model spec: {len(self.experts_per_layer)} expert lists for {len(self.layers)} layers"
+            )
+        for layer, experts in zip(self.layers, self.experts_per_layer, strict=True):
+            if list(experts) != sorted(set(experts)) or not experts or not (0 <= experts[0] <= experts[-1] < num_experts):
+                raise ConfigError(
+                    f"sub-model spec: experts {list(experts)} of layer {layer} must increase, be at least one, "
+                    f"and lie in 0..{num_experts - 1}"
+                )
+            if len(experts) < self.top_k:
+                raise ConfigError(
+                    f"sub-model spec: layer {layer} keeps {len(experts)} experts, fewer than top_k {self.top_k}; "
+                    "keep more experts or lower top_k"
+                )
+        if not 1 <= self.top_k <= top_k:
+            raise ConfigError(f"sub-model spec: top_k {self.top_k} must lie in 1..{top_k}, the model's own top_k")
+
+
+@dataclass
+class RouterOutput:
+    """What one router decided for N positions.
+
+    weights_NK: fp32 combine weights, without the selection bias. experts_NK: int64 ids.
+    counts_E: int64, how many valid positions picked each expert. mass_E: fp32, the weight they gave it.
+    """
+
+    weights_NK: torch.Tensor
+    experts_NK: torch.Tensor
+    counts_E: torch.Tensor
+    mass_E: torch.Tensor
+
+
+@dataclass
+class MediaInput:
+    """Understanding inputs of one shape: pixels_GFHW3 uint8 and, per item, the flat positions of its tokens.
+
+    position_GM: int64 [G, tokens per item], index into the flattened [B * T] positions.
+    """
+
+    pixels_GFHW3: torch.Tensor
+    position_GM: torch.Tensor
+
+
+@dataclass
+class PackedBatch:
+    """Rows of packed documents, raw inputs only (embedding tables, merger and ViT are trained).
+
+    A sequence is a list of groups; a group is what is predicted in one step. Position i may see position j when
+    both are of one document and group_j <= group_i: that is the whole mask (design section 4).
+
+    text_ids_BT          int64, -1 where the input is not a text token
+    audio_codes_BTQ      int64, -1 where the input is not an audio step
+    visual_inputs_ND     float32, accumulated features fed at visual positions (bits of coarser scales)
+    visual_index_N       int64, their flat positions in [B * T]
+    visual_scale_N       int64, index of the scale that each visual input position predicts or closes
+    media                understanding inputs, grouped by shape
+    document_BT          int32, -1 for padding
+    group_BT             int32, increasing along a document
+    position_BT3         float32 (t, h, w), Uni-RoPE
+    task_BT              int8, index into TASKS, -1 for padding; analysis and loss weights only
+    text_targets_BT      int64, -100 where the text head has no target
+    next_codes_BTQ       int64, -1 where no audio step is predicted; level 0 may hold EOA (= codebook size)
+    bit_targets_ND       float32 0/1 [N', D]; bit_index_N int64 flat positions; bit_weight_N float32 scale weights
+    """
+
+    text_ids_BT: torch.Tensor
+    audio_codes_BTQ: torch.Tensor
+    visual_inputs_ND: torch.Tensor
+    visual_index_N: torch.Tensor
+    visual_scale_N: torch.Tensor
+    media: list[MediaInput]
+    document_BT: torch.Tensor
+    group_BT: torch.Tensor
+    position_BT3: torch.Tensor
+    task_BT: torch.Tensor
+    text_targets_BT: torch.Tensor
+    next_codes_BTQ: torch.Tensor
+    bit_targets_ND: torch.Tensor
+    bit_index_N: torch.Tensor
+    bit_weight_N: torch.Tensor
+    keys: tuple[str, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that hold data (padding left out)."""
+        return int((self.document_BT >= 0).sum())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device)
+            elif item.name == "media":
+                value = [MediaInput(m.pixels_GFHW3.to(device), m.position_GM.to(device)) for m in value]
+            moved[item.name] = value
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of a stage directory (design section 2)."""
+
+    stage: str
+    format_version: int
+    config: dict[str, Any]
+    fingerprint: str
+    parent: dict[str, Any] | None
+    package_version: str
+    git_commit: str
+    created_at: str
+    files: dict[str, dict[str, Any]]
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Media and text to discrete tokens and back; trained in `training/tokenizer_*`."""

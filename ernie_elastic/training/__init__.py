@@ -1,0 +1,1 @@
+"""Trains the backbone (DeepSpeed over torchrun) and the tokenizers."""
