@@ -85,6 +85,15 @@ class MultiScaleBits:
             total = total + self.contribution(bits, scale)
         return ScaleCodes(inputs, targets, total)
 
+    def replay(self, bits: list[torch.Tensor]) -> ScaleCodes:
+        """Decided bits, per scale 0/1 float32 [N, h_k, w_k, D], as the codes that `encode` would have given."""
+        total = bits[-1].new_zeros((len(bits[-1]), *self.grid, bits[-1].shape[-1]))
+        inputs: list[torch.Tensor | None] = []
+        for scale, scale_bits in enumerate(bits):
+            inputs.append(self.down(total, scale) if scale else None)
+            total = total + self.contribution(scale_bits, scale)
+        return ScaleCodes(inputs, list(bits), total)
+
 
 def _resize(feature: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(feature.shape[1:3]) == tuple(size):

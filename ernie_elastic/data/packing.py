@@ -1,0 +1,111 @@
+"""Documents to rows, rows to batches. Letters: B rows, T positions of a row, Q levels, D bits."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from ernie_elastic.data.grouping import IGNORE, Document
+from ernie_elastic.errors import DataError
+from ernie_elastic.schema import PAD_TASK, MediaInput, PackedBatch
+
+
+def pack_lengths(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Best-fit-decreasing: rows of document indices whose lengths add up to at most `row_length`.
+
+    Raises DataError for a document longer than a row.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), kept sorted
+    for index in order:
+        if lengths[index] > row_length:
+            raise DataError(
+                f"document {index} has {lengths[index]} positions, a row has {row_length}; raise --row-length"
+            )
+        slot = bisect.bisect_left(free, (lengths[index], -1))
+        if slot == len(free):
+            rows.append([index])
+            bisect.insort(free, (row_length - lengths[index], len(rows) - 1))
+        else:
+            room, row = free.pop(slot)
+            rows[row].append(index)
+            bisect.insort(free, (room - lengths[index], row))
+    return rows
+
+
+def packing_efficiency(lengths: Sequence[int], rows: Sequence[Sequence[int]], row_length: int) -> float:
+    """Share of the positions of all rows that hold data."""
+    return sum(lengths[index] for row in rows for index in row) / max(1, len(rows) * row_length)
+
+
+def collate(
+    rows: Sequence[Sequence[Document]], row_length: int | None = None, pad_left: bool = False, pad_id: int = -1
+) -> PackedBatch:
+    """Rows of documents as one PackedBatch of [B, T]; padding has document -1.
+
+    row_length: T (default: the longest row). pad_left: documents end at the right edge, as decoding wants.
+    pad_id: text id at padding (-1: no embedding at all).
+    """
+    totals = [sum(len(document) for document in row) for row in rows]
+    length = row_length or max(totals)
+    sample = next(document for row in rows for document in row)
+    shape, levels = (len(rows), length), sample.audio_codes.shape[1]
+    text_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    codes = torch.full((*shape, levels), -1, dtype=torch.int64)
+    next_codes = codes.clone()
+    document_id = torch.full(shape, -1, dtype=torch.int32)
+    group = torch.zeros(shape, dtype=torch.int32)
+    position = torch.zeros((*shape, 3))
+    task = torch.full(shape, PAD_TASK, dtype=torch.int8)
+    text_targets = torch.full(shape, IGNORE, dtype=torch.int64)
+    flat: dict[str, list[torch.Tensor]] = defaultdict(list)
+    media: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for b, row in enumerate(rows):
+        start = length - totals[b] if pad_left else 0
+        if totals[b] > length:
+            raise DataError(f"row {b} holds {totals[b]} positions, more than {length}")
+        for number, document in enumerate(row):
+            span = slice(start, start + len(document))
+            text_ids[b, span] = document.text_ids
+            codes[b, span] = document.audio_codes
+            next_codes[b, span] = document.next_codes
+            document_id[b, span] = number
+            group[b, span] = document.group
+            position[b, span] = document.position
+            task[b, span] = document.task
+            text_targets[b, span] = document.text_targets
+            offset = b * length + start
+            flat["visual_inputs"].append(document.visual_inputs)
+            flat["visual_index"].append(document.visual_index + offset)
+            flat["visual_scale"].append(document.visual_scale)
+            flat["bit_targets"].append(document.bit_targets)
+            flat["bit_index"].append(document.bit_index + offset)
+            flat["bit_weight"].append(document.bit_weight)
+            for pixels, index in document.media:
+                media[tuple(pixels.shape)].append((pixels, index + offset))
+            start += len(document)
+    joined = {name: torch.cat(values) for name, values in flat.items()}
+    return PackedBatch(
+        text_ids_BT=text_ids,
+        audio_codes_BTQ=codes,
+        visual_inputs_ND=joined["visual_inputs"],
+        visual_index_N=joined["visual_index"],
+        visual_scale_N=joined["visual_scale"],
+        media=[
+            MediaInput(torch.stack([pixels for pixels, _ in items]), torch.stack([index for _, index in items]))
+            for _, items in sorted(media.items())
+        ],
+        document_BT=document_id,
+        group_BT=group,
+        position_BT3=position,
+        task_BT=task,
+        text_targets_BT=text_targets,
+        next_codes_BTQ=next_codes,
+        bit_targets_ND=joined["bit_targets"],
+        bit_index_N=joined["bit_index"],
+        bit_weight_N=joined["bit_weight"],
+    )

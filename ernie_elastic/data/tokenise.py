@@ -1,0 +1,108 @@
+"""Samples to token segments: text ids, understanding pixels, visual latents and audio codes.
+
+Latents (not bits) are kept for generated pictures, so that flips, targets and bit counts are decided at load time.
+Letters: F frames, H/W pixels, h/w latent grid, D bits, S audio steps, Q levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.errors import CheckpointError, DataError
+from ernie_elastic.schema import Sample, Segment
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.text import TextTokenizer
+from ernie_elastic.tokenizers.visual import VisualTokenizer
+
+TOKENIZER_NAMES = ("text", "visual", "audio")
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The three tokenizers that turn media and text into what the model reads, and back."""
+
+    text: TextTokenizer
+    visual: VisualTokenizer
+    audio: AudioTokenizer
+
+    @staticmethod
+    def load(directory: Path | str) -> Tokenizers:
+        """Read `text/`, `visual/` and `audio/` below `directory`; CheckpointError names the one that is missing."""
+        directory = Path(directory)
+        for name in TOKENIZER_NAMES:
+            if not (directory / name).is_dir():
+                raise CheckpointError(
+                    f"{directory} has no {name}/; make it with `ernie-elastic train-tokenizer {name} "
+                    f"--out {directory / name}`"
+                )
+        return Tokenizers(
+            TextTokenizer.load(directory / "text"),
+            VisualTokenizer.load(directory / "visual"),
+            AudioTokenizer.load(directory / "audio"),
+        )
+
+    def save(self, directory: Path | str) -> None:
+        """Write the three below `directory`."""
+        directory = Path(directory)
+        for name in TOKENIZER_NAMES:
+            (directory / name).mkdir(parents=True, exist_ok=True)
+            getattr(self, name).save(directory / name)
+
+
+def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tokens]]:
+    """Token segments of each sample; pictures of the whole batch are encoded in one call."""
+    frames: list[np.ndarray] = []
+    waves: list[np.ndarray] = []
+    for sample in samples:
+        for segment in sample.segments:
+            if segment.kind in ("image", "video") and segment.role == "target":
+                frames.extend(_frames(sample, segment))
+            elif segment.kind == "audio":
+                waves.append(_array(sample, segment))
+    with torch.inference_mode():
+        latents = tokenizers.visual.encode(torch.from_numpy(np.stack(frames))).half().numpy() if frames else None
+        codes = tokenizers.audio.encode_batch(waves) if waves else []
+    next_frame, next_wave, documents = 0, 0, []
+    for sample in samples:
+        parts: list[Tokens] = []
+        for segment in sample.segments:
+            if segment.kind == "text":
+                if segment.text is None:
+                    raise DataError(f"record {sample.key}: a text segment without text")
+                ids = np.asarray(tokenizers.text.encode(segment.text), dtype=np.int32)
+                parts.append(Tokens("text", segment.role, ids=ids))
+            elif segment.kind == "audio":
+                steps = np.asarray(codes[next_wave], dtype=np.int16)
+                next_wave += 1
+                parts.append(Tokens("audio", segment.role, codes=steps))
+            elif segment.role == "input":
+                parts.append(Tokens(segment.kind, "input", pixels=np.stack(_frames(sample, segment))))
+            else:
+                count = len(_frames(sample, segment))
+                assert latents is not None
+                parts.append(Tokens(segment.kind, "target", latents=latents[next_frame : next_frame + count]))
+                next_frame += count
+        documents.append(parts)
+    return documents
+
+
+def _array(sample: Sample, segment: Segment) -> np.ndarray:
+    if segment.array is None or segment.array.size == 0:
+        raise DataError(f"record {sample.key}: its {segment.kind} segment is empty")
+    return segment.array
+
+
+def _frames(sample: Sample, segment: Segment) -> list[np.ndarray]:
+    array = _array(sample, segment)
+    if array.dtype != np.uint8 or array.ndim != (3 if segment.kind == "image" else 4) or array.shape[-1] != 3:
+        raise DataError(
+            f"record {sample.key}: its {segment.kind} has dtype {array.dtype} and shape {array.shape}; expected uint8 "
+            + ("[H, W, 3]" if segment.kind == "image" else "[F, H, W, 3]")
+        )
+    return [array] if segment.kind == "image" else list(array)

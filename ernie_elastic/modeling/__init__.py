@@ -1,0 +1,15 @@
+"""The elastic multimodal MoE: a Transformers model first, with one packed entry for every modality.
+
+Importing this package registers the classes with Transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from ernie_elastic.modeling.configuration import ErnieElasticConfig
+from ernie_elastic.modeling.model import ErnieElasticForCausalLM, ErnieElasticModel
+
+__all__ = ["ErnieElasticConfig", "ErnieElasticForCausalLM", "ErnieElasticModel"]
+
+AutoConfig.register(ErnieElasticConfig.model_type, ErnieElasticConfig, exist_ok=True)
+AutoModel.register(ErnieElasticConfig, ErnieElasticModel, exist_ok=True)
+AutoModelForCausalLM.register(ErnieElasticConfig, ErnieElasticForCausalLM, exist_ok=True)

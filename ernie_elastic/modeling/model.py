@@ -1,0 +1,409 @@
+"""The model: experts, decoder layer, stack with audio heads inside, Transformers entry and packed entry.
+
+Letters: B rows, T positions, H hidden, N flattened positions, E experts, K chosen, I expert width, Q audio levels,
+V codes per level, S audio steps, D visual bits. The experts class and the model classes stay in one file: whether a
+back end may be chosen is decided by finding the literal decorator in the module of the model class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ernie_elastic.errors import ConfigError
+from ernie_elastic.modeling.attention import ErnieElasticAttention, RMSNorm
+from ernie_elastic.modeling.configuration import SHIM_MODULE, ErnieElasticConfig
+from ernie_elastic.modeling.heads import AudioIO, CodeSampler, VisualIO
+from ernie_elastic.modeling.masks import dense_mask
+from ernie_elastic.modeling.positions import UniRotary, rotary_frequencies
+from ernie_elastic.modeling.router import ErnieElasticTopKRouter
+from ernie_elastic.modeling.understanding import UnderstandingEncoder
+from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
+
+SHIM_TEXT = '''"""Loads this checkpoint's classes from the installed ernie_elastic package."""
+try:
+    from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM, ErnieElasticModel
+except ImportError as error:
+    raise ImportError("this checkpoint needs the package ernie_elastic: run `pip install ernie-elastic`") from error
+'''
+
+
+@use_experts_implementation
+class ErnieElasticExperts(nn.Module):
+    """All experts of a layer in two fused tensors, gate half first: gate_up_proj [E, 2I, H], down_proj [E, H, I]."""
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The definition, one expert at a time: [N, H], ids int64 [N, K], weights [N, K] -> [N, H]."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            hidden = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (hidden * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+class ErnieElasticMoE(nn.Module):
+    """Router and experts. No token is dropped (paper: section 1.2)."""
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__()
+        self.gate = ErnieElasticTopKRouter(config)
+        self.experts = ErnieElasticExperts(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        kept_experts: torch.Tensor | None = None,
+        top_k: int | None = None,
+        valid_N: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """[B, T, H] -> [B, T, H] and the decision; valid_N bool leaves padding out of the counts."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_NK, ids_NK = self.gate(flat, kept_experts, top_k)
+        output = self.experts(flat, ids_NK, weights_NK).view_as(hidden_states)
+        return output, count_routing(weights_NK, ids_NK, self.gate.num_experts, valid_N)
+
+
+def count_routing(
+    weights_NK: torch.Tensor, ids_NK: torch.Tensor, num_experts: int, valid_N: torch.Tensor | None
+) -> RouterOutput:
+    """Counts and routed mass per expert, without keeping logits (ours: logits are never stored)."""
+    with torch.no_grad():
+        ids, weights = ids_NK.detach(), weights_NK.detach().float()
+        if valid_N is not None:
+            ids, weights = ids[valid_N], weights[valid_N]
+        counts_E = torch.bincount(ids.reshape(-1), minlength=num_experts)
+        mass_E = torch.bincount(ids.reshape(-1), weights.reshape(-1), minlength=num_experts).float()
+    return RouterOutput(weights_NK, ids_NK, counts_E, mass_E)
+
+
+class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and mixture of experts."""
+
+    def __init__(self, config: ErnieElasticConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = ErnieElasticAttention(config, layer_idx)
+        self.mlp = ErnieElasticMoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_layer: int | None = None,
+        kept_experts: torch.Tensor | None = None,
+        top_k: int | None = None,
+        valid_N: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """[B, T, H] -> [B, T, H] and the router's decision."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, cache_layer,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        mixed, routing = self.mlp(self.post_attention_layernorm(hidden_states), kept_experts, top_k, valid_N)
+        return hidden_states + mixed, routing
+
+
+@dataclass
+class StackOutput:
+    """hidden [B, T, H] after the last norm; routing per run layer; audio logits [S, V + 1] per level at audio steps."""
+
+    hidden: torch.Tensor
+    routing: list[RouterOutput]
+    layers: tuple[int, ...]
+    audio_logits: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class PackedOutput:
+    """What the packed entry returns: logits only where a target is.
+
+    text_logits_NV at text_index_N; audio_logits: per level [S, V + 1] at audio_index_S; bit_logits_ND at the batch's
+    bit_index_N; routing: one RouterOutput per run layer, whose indices are in `layers`.
+    """
+
+    text_logits_NV: torch.Tensor
+    text_index_N: torch.Tensor
+    audio_logits: list[torch.Tensor]
+    audio_index_S: torch.Tensor
+    bit_logits_ND: torch.Tensor
+    hidden_BTH: torch.Tensor
+    routing: list[RouterOutput]
+    layers: tuple[int, ...]
+
+
+class ErnieElasticPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the bare and the causal model."""
+
+    config: ErnieElasticConfig
+    config_class = ErnieElasticConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ErnieElasticDecoderLayer"]  # noqa: RUF012 - Transformers declares these as plain lists
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - as above
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012 - as above
+        "router_logits": OutputRecorder(ErnieElasticTopKRouter, index=0),
+        "hidden_states": ErnieElasticDecoderLayer,
+        "attentions": ErnieElasticAttention,
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012 - as above
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ErnieElasticTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, ErnieElasticExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, UniRotary):
+            init.copy_(module.inv_freq, rotary_frequencies(module.base, module.head_dim))
+            from ernie_elastic.modeling.positions import axis_of_pair
+
+            init.copy_(module.axis_P, axis_of_pair(module.section, module.layout))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As Transformers', plus the shim file that `auto_map` names."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{SHIM_MODULE}.py").write_text(SHIM_TEXT)
+
+
+class ErnieElasticModel(ErnieElasticPreTrainedModel):
+    """The stack with its embeddings for every modality."""
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ErnieElasticDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = UniRotary(config)
+        self.visual = VisualIO(config) if config.visual_bits else None
+        self.audio = AudioIO(config) if config.audio_num_levels else None
+        self.understanding = UnderstandingEncoder(config) if config.understanding_patch else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        submodel: SubModelSpec | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Transformers' entry for text: input_ids int64 [B, T] or inputs_embeds [B, T, H] -> last_hidden_state.
+
+        position_ids [B, T], or [B, T, 3] for (t, h, w); attention_mask [B, S] (1 = valid) or a 4-D mask.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids if position_ids.dim() == 2 else position_ids[..., 0],
+        )
+        output = self.run_stack(inputs_embeds, position_ids, mask, past_key_values, submodel, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=output.hidden, past_key_values=past_key_values)
+
+    def run_stack(
+        self,
+        hidden: torch.Tensor,
+        position: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None = None,
+        submodel: SubModelSpec | None = None,
+        next_codes: torch.Tensor | CodeSampler | None = None,
+        audio_index_S: torch.Tensor | None = None,
+        valid_N: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> StackOutput:
+        """Run every layer of the (sub-)model once. hidden [B, T, H], position [B, T(, 3)], mask bool [B, 1, T, S].
+
+        A mask of None with is_causal=False shows every key; Transformers' own entry leaves is_causal out.
+
+        audio_index_S: flat positions that predict an audio step; next_codes: their true codes int64 [S, Q] (-1 where
+        a level has none) or a sampler called level by level. The code of a level is embedded and added to the hidden
+        state before the next layer (paper: section 2.6), so the layer after reads it and its KV entry is final.
+        """
+        spec = submodel or self.config.full_spec()
+        if submodel is not None:
+            self.config.check_spec(submodel)
+        rotary = self.rotary_emb(position)
+        routing: list[RouterOutput] = []
+        audio_logits: list[torch.Tensor] = []
+        heads = {layer: level for level, layer in enumerate(self.config.audio_head_layers or ())}
+        all_experts = self.config.num_experts
+        for slot, (layer_id, experts) in enumerate(zip(spec.layers, spec.experts_per_layer, strict=True)):
+            kept = None if len(experts) == all_experts else torch.tensor(experts, device=hidden.device)
+            hidden, decision = self.layers[layer_id](
+                hidden, rotary, mask, cache, slot, kept_experts=kept, top_k=spec.top_k, valid_N=valid_N, **kwargs
+            )
+            routing.append(decision)
+            if audio_index_S is not None and self.audio is not None and layer_id in heads:
+                hidden, logits = self._audio_level(hidden, heads[layer_id], audio_index_S, next_codes)
+                audio_logits.append(logits)
+        return StackOutput(self.norm(hidden), routing, spec.layers, audio_logits)
+
+    def _audio_level(
+        self,
+        hidden: torch.Tensor,
+        level: int,
+        index_S: torch.Tensor,
+        next_codes: torch.Tensor | CodeSampler | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.audio is not None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = self.audio.logits(flat[index_S], level)
+        if next_codes is None:
+            raise ConfigError("audio steps need next_codes: the true codes, or a sampler")
+        codes_S = next_codes[:, level] if isinstance(next_codes, torch.Tensor) else next_codes(level, logits)
+        if level + 1 < self.audio.num_levels:  # nothing reads the code of the last level
+            flat = flat.index_add(0, index_S, self.audio.embed_level(codes_S, level).to(flat.dtype))
+        return flat.view_as(hidden), logits
+
+    def embed_batch(self, batch: PackedBatch) -> torch.Tensor:
+        """Every input of a packed batch as [B, T, H]. Each table is used even when it has no row in this batch, so
+        that every parameter gets a (zero) gradient on every rank and step."""
+        shape_BT = batch.text_ids_BT.shape
+        ids_N = batch.text_ids_BT.reshape(-1)
+        text_N = (ids_N >= 0).nonzero()[:, 0]
+        embedded = self.embed_tokens(ids_N[text_N])
+        flat = embedded.new_zeros(ids_N.shape[0], embedded.shape[-1]).index_add(0, text_N, embedded)
+        if self.visual is not None:
+            visual = self.visual(batch.visual_inputs_ND, batch.visual_scale_N)
+            flat = flat.index_add(0, batch.visual_index_N, visual)
+        if self.audio is not None:
+            codes_NQ = batch.audio_codes_BTQ.reshape(-1, batch.audio_codes_BTQ.shape[-1])
+            audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
+            flat = flat.index_add(0, audio_N, self.audio.embed_steps(codes_NQ[audio_N]))
+        if self.understanding is not None:
+            size = self.config.understanding_image_size
+            empty = torch.zeros((0, 1, size, size, 3), dtype=torch.uint8, device=flat.device)
+            items: Sequence[tuple[torch.Tensor, torch.Tensor]] = [
+                (media.pixels_GFHW3, media.position_GM) for media in batch.media
+            ] or [(empty, torch.zeros((0,), dtype=torch.int64, device=flat.device))]
+            for pixels, position in items:
+                tokens = self.understanding(pixels).reshape(-1, flat.shape[-1])
+                flat = flat.index_add(0, position.reshape(-1), tokens)
+        return flat.view(*shape_BT, -1)
+
+
+class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
+    """The model with its text head (and, inside `model`, the heads of the other modalities)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - Transformers' form
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__(config)
+        self.model = ErnieElasticModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        submodel: SubModelSpec | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Text entry, as every Transformers causal model: logits [B, T, vocab]; labels int64 [B, T] give the loss."""
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, submodel=submodel,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
+            attentions=output.attentions, router_logits=output.router_logits,
+        )
+
+    def forward_packed(
+        self,
+        batch: PackedBatch,
+        submodel: SubModelSpec | None = None,
+        next_codes: torch.Tensor | None = None,
+    ) -> PackedOutput:
+        """All modalities, teacher-forced: logits at every target of `batch`.
+
+        next_codes int64 [B, T, Q] replaces the batch's own codes as feedback (default: the true codes).
+        """
+        model = self.model
+        hidden = model.embed_batch(batch)
+        codes_BTQ = batch.next_codes_BTQ if next_codes is None else next_codes
+        audio_index_S: torch.Tensor = (batch.next_codes_BTQ[..., :1].reshape(-1) >= 0).nonzero()[:, 0]
+        stack = model.run_stack(
+            hidden, batch.position_BT3, dense_mask(batch.document_BT, batch.group_BT), submodel=submodel,
+            next_codes=codes_BTQ.reshape(-1, codes_BTQ.shape[-1])[audio_index_S], audio_index_S=audio_index_S,
+            valid_N=batch.document_BT.reshape(-1) >= 0, is_causal=False,
+        )
+        flat = stack.hidden.reshape(-1, stack.hidden.shape[-1])
+        text_index_N = (batch.text_targets_BT.reshape(-1) >= 0).nonzero()[:, 0]
+        bit_logits = (
+            model.visual.bit_head(flat[batch.bit_index_N]) if model.visual is not None else flat.new_zeros(0, 0)
+        )
+        return PackedOutput(
+            self.lm_head(flat[text_index_N]), text_index_N, stack.audio_logits, audio_index_S, bit_logits,
+            stack.hidden, stack.routing, stack.layers,
+        )

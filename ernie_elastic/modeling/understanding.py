@@ -1,0 +1,102 @@
+"""Reading images and videos: a CNN path and a ViT path merged by attention into one token per group of patches.
+
+Letters: G items, F frames, P patches per frame, K patches per token (4 for images, 16 for videos), M tokens, D width,
+H hidden. paper: section 2.3 (attention patch merger); sizes are ours, the report gives none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from ernie_elastic.errors import DataError
+from ernie_elastic.modeling.attention import RMSNorm
+from ernie_elastic.modeling.configuration import ErnieElasticConfig
+
+MERGE = 2  # patches per side that one token covers; paper: 2x2 neighbours
+VIDEO_FRAMES_PER_TOKEN = 4  # paper: K = 16 for video, read as 2x2 places in 4 frames
+
+
+class Block(nn.Module):
+    """Pre-norm bidirectional transformer block over [batch, length, D]."""
+
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = RMSNorm(width, eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = RMSNorm(width, eps)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, length, D] -> the same shape."""
+        q, k, v = rearrange(self.qkv(self.attention_norm(x)), "n l (three a c) -> three n a l c", three=3, a=self.heads)
+        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n a l c -> n l (a c)"))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class UnderstandingEncoder(nn.Module):
+    """pixels uint8 [G, F, S, S, 3] -> tokens [G, M, H]; F = 1 for images, a multiple of 4 for videos."""
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__()
+        patch, width = config.understanding_patch, config.understanding_width
+        self.patch, self.grid = patch, config.understanding_image_size // patch
+        if self.grid % MERGE:
+            raise DataError(f"understanding: a grid of {self.grid} patches a side is no multiple of {MERGE}")
+        self.pad = patch // 2
+        # The CNN path: two convolutions written as Linear over windows, so that one codec packs every weight.
+        self.cnn_in = nn.Linear(3 * (patch + 2 * self.pad) ** 2, width)
+        self.cnn_out = nn.Linear(width, width)
+        self.vit_in = nn.Linear(3 * patch * patch, width)
+        self.vit_position = nn.Embedding(self.grid * self.grid, width)
+        self.vit = nn.ModuleList(
+            Block(width, config.understanding_heads, config.rms_norm_eps) for _ in range(config.understanding_layers)
+        )
+        # ours: one learned cue per (source, place in the group), since the merger itself is blind to order.
+        self.merge_position = nn.Embedding(2 * MERGE * MERGE * VIDEO_FRAMES_PER_TOKEN, width)
+        self.merge = Block(width, config.understanding_heads, config.rms_norm_eps)
+        self.merge_norm = RMSNorm(width, config.rms_norm_eps)
+        self.out = nn.Linear(width, config.hidden_size, bias=False)
+
+    def tokens_per_item(self, num_frames: int) -> int:
+        """Tokens that an item of so many frames becomes."""
+        return (self.grid // MERGE) ** 2 * max(1, num_frames // VIDEO_FRAMES_PER_TOKEN)
+
+    def forward(self, pixels_GFHW3: torch.Tensor) -> torch.Tensor:
+        """uint8 [G, F, S, S, 3] -> [G, M, H] in the weights' dtype; DataError when S or F does not fit."""
+        num_items, num_frames, height, width = pixels_GFHW3.shape[:4]
+        if (height, width) != (self.grid * self.patch,) * 2:
+            raise DataError(f"understanding: {height}x{width} pixels; this model reads {self.grid * self.patch} a side")
+        if num_frames != 1 and num_frames % VIDEO_FRAMES_PER_TOKEN:
+            raise DataError(f"understanding: {num_frames} frames; give 1 or a multiple of {VIDEO_FRAMES_PER_TOKEN}")
+        images = rearrange(pixels_GFHW3, "g f h w c -> (g f) c h w").to(self.cnn_in.bias.dtype) / 127.5 - 1.0
+        windows = self._windows(images, self.patch + 2 * self.pad, self.pad)
+        cnn = self.cnn_out(F.gelu(self.cnn_in(windows)))
+        vit = self.vit_in(self._windows(images, self.patch, 0))
+        vit = vit + self.vit_position(torch.arange(self.grid**2, device=vit.device))
+        for block in self.vit:
+            vit = block(vit)
+        merged = torch.stack([cnn, vit], dim=1)
+        frames = 1 if num_frames == 1 else VIDEO_FRAMES_PER_TOKEN
+        merged = rearrange(
+            merged,
+            "(g t f) s (h a w b) d -> (g t h w) (s f a b) d",
+            g=num_items, f=frames, t=num_frames // frames, h=self.grid // MERGE, a=MERGE, b=MERGE, s=2,
+        )
+        tokens = (num_items, self.tokens_per_item(num_frames))
+        return self.out(self.merge_norm(self._merge(merged, frames)).unflatten(0, tokens))
+
+    def _merge(self, groups: torch.Tensor, frames: int) -> torch.Tensor:
+        place = torch.arange(2 * frames * MERGE * MERGE, device=groups.device)
+        return self.merge(groups + self.merge_position(place)).mean(dim=1)
+
+    def _windows(self, images: torch.Tensor, size: int, pad: int) -> torch.Tensor:
+        """Every window as a row: [items, patches, 3 * size * size]."""
+        padded = F.pad(images, (pad,) * 4)
+        view = padded.unfold(2, size, self.patch).unfold(3, size, self.patch)
+        return rearrange(view, "n c h w a b -> n (h w) (c a b)")
