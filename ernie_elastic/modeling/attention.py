@@ -90,10 +90,9 @@ class ErnieElasticAttention(nn.Module):
 
         cache_layer: slot in the cache; a sub-model with dropped layers numbers its layers from 0.
         """
-        shape_BT = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape_BT, -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(*shape_BT, -1, self.head_dim)
-        value = self.v_proj(hidden_states).view(*shape_BT, -1, self.head_dim).transpose(1, 2)
+        query = self._split_heads(self.q_proj(hidden_states))
+        key = self._split_heads(self.k_proj(hidden_states))
+        value = self._split_heads(self.v_proj(hidden_states)).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = apply_rotary(query.transpose(1, 2), *position_embeddings)
@@ -105,4 +104,8 @@ class ErnieElasticAttention(nn.Module):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=self.attention_dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*shape_BT, -1).contiguous()), weights
+        return self.o_proj(output.flatten(-2)), weights
+
+    def _split_heads(self, x_BTX: torch.Tensor) -> torch.Tensor:
+        """[B, T, A * C] -> [B, T, A, C]; A is what this rank holds, and B may be 0."""
+        return x_BTX.view(*x_BTX.shape[:-1], x_BTX.shape[-1] // self.head_dim, self.head_dim)

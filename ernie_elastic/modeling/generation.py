@@ -27,10 +27,10 @@ RoutingSink = Callable[[torch.Tensor, list[RouterOutput], tuple[int, ...]], None
 
 def layout_of(config: ErnieElasticConfig) -> Layout:
     """The document layout that a model of this config reads."""
-    if not config.visual_bits or not config.audio_num_levels or not config.understanding_patch:
+    if not config.visual_bits or not config.understanding_patch:
         raise ConfigError(
-            f"multimodal documents need visual_bits ({config.visual_bits}), audio_num_levels "
-            f"({config.audio_num_levels}) and understanding_patch ({config.understanding_patch}) all above 0"
+            f"multimodal documents need visual_bits ({config.visual_bits}) and understanding_patch "
+            f"({config.understanding_patch}) above 0"
         )
     assert config.visual_scales is not None and config.visual_amplitudes is not None
     eos = config.eos_token_id

@@ -6,6 +6,8 @@ H hidden. paper: section 2.3 (attention patch merger); sizes are ours, the repor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -40,7 +42,7 @@ class Block(nn.Module):
 
 
 class UnderstandingEncoder(nn.Module):
-    """pixels uint8 [G, F, S, S, 3] -> tokens [G, M, H]; F = 1 for images, a multiple of 4 for videos."""
+    """Items of pixels uint8 [G, F, S, S, 3] -> tokens [G, M, H]; F = 1 for images, a multiple of 4 for videos."""
 
     def __init__(self, config: ErnieElasticConfig) -> None:
         super().__init__()
@@ -67,33 +69,59 @@ class UnderstandingEncoder(nn.Module):
         """Tokens that an item of so many frames becomes."""
         return (self.grid // MERGE) ** 2 * max(1, num_frames // VIDEO_FRAMES_PER_TOKEN)
 
-    def forward(self, pixels_GFHW3: torch.Tensor) -> torch.Tensor:
-        """uint8 [G, F, S, S, 3] -> [G, M, H] in the weights' dtype; DataError when S or F does not fit."""
-        num_items, num_frames, height, width = pixels_GFHW3.shape[:4]
+    def forward(self, items: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Each of items, uint8 [G, F, S, S, 3], -> [G, M, H] in the weights' dtype; DataError when S or F does not fit.
+
+        The second result is a zero that every weight feeds. Every module runs equally often whatever the items are
+        (none, too), and adding the zero makes the backward do so as well: ranks with other media stay in step.
+        """
+        for pixels in items:
+            self._check(pixels)
+        side = self.grid * self.patch
+        frames = [rearrange(pixels, "g f h w c -> (g f) c h w") for pixels in items]
+        images = torch.cat([torch.zeros((0, 3, side, side), dtype=torch.uint8, device=self.out.weight.device), *frames])
+        cnn_vit = self._encode_frames(images.to(self.cnn_in.bias.dtype) / 127.5 - 1.0)
+        parts = cnn_vit.split([len(part) for part in frames])
+        merged: dict[int, torch.Tensor] = {}
+        for size in (1, VIDEO_FRAMES_PER_TOKEN):
+            chosen = [part for part, pixels in zip(parts, items, strict=True) if (pixels.shape[1] == 1) == (size == 1)]
+            merged[size] = self._merge(torch.cat([cnn_vit[:0], *chosen]), size)
+        return self._split(items, merged), 0.0 * sum(tokens.sum() for tokens in merged.values())
+
+    def _check(self, pixels: torch.Tensor) -> None:
+        frames, height, width = pixels.shape[1:4]
         if (height, width) != (self.grid * self.patch,) * 2:
             raise DataError(f"understanding: {height}x{width} pixels; this model reads {self.grid * self.patch} a side")
-        if num_frames != 1 and num_frames % VIDEO_FRAMES_PER_TOKEN:
-            raise DataError(f"understanding: {num_frames} frames; give 1 or a multiple of {VIDEO_FRAMES_PER_TOKEN}")
-        images = rearrange(pixels_GFHW3, "g f h w c -> (g f) c h w").to(self.cnn_in.bias.dtype) / 127.5 - 1.0
-        windows = self._windows(images, self.patch + 2 * self.pad, self.pad)
-        cnn = self.cnn_out(F.gelu(self.cnn_in(windows)))
+        if frames != 1 and frames % VIDEO_FRAMES_PER_TOKEN:
+            raise DataError(f"understanding: {frames} frames; give 1 or a multiple of {VIDEO_FRAMES_PER_TOKEN}")
+
+    def _encode_frames(self, images: torch.Tensor) -> torch.Tensor:
+        """[frames, 3, S, S] -> both paths, [frames, 2, P, D]."""
+        cnn = self.cnn_out(F.gelu(self.cnn_in(self._windows(images, self.patch + 2 * self.pad, self.pad))))
         vit = self.vit_in(self._windows(images, self.patch, 0))
         vit = vit + self.vit_position(torch.arange(self.grid**2, device=vit.device))
         for block in self.vit:
             vit = block(vit)
-        merged = torch.stack([cnn, vit], dim=1)
-        frames = 1 if num_frames == 1 else VIDEO_FRAMES_PER_TOKEN
-        merged = rearrange(
-            merged,
-            "(g t f) s (h a w b) d -> (g t h w) (s f a b) d",
-            g=num_items, f=frames, t=num_frames // frames, h=self.grid // MERGE, a=MERGE, b=MERGE, s=2,
-        )
-        tokens = (num_items, self.tokens_per_item(num_frames))
-        return self.out(self.merge_norm(self._merge(merged, frames)).unflatten(0, tokens))
+        return torch.stack([cnn, vit], dim=1)
 
-    def _merge(self, groups: torch.Tensor, frames: int) -> torch.Tensor:
-        place = torch.arange(2 * frames * MERGE * MERGE, device=groups.device)
-        return self.merge(groups + self.merge_position(place)).mean(dim=1)
+    def _merge(self, both: torch.Tensor, frames: int) -> torch.Tensor:
+        """[frames of items, 2, P, D] -> [tokens, H]: attention inside each group, then its mean."""
+        side = self.grid // MERGE
+        groups = rearrange(
+            both, "(n f) s (h a w b) d -> (n h w) (s f a b) d", f=frames, h=side, a=MERGE, w=side, b=MERGE, s=2
+        )
+        place = self.merge_position(torch.arange(2 * frames * MERGE * MERGE, device=both.device))
+        return self.out(self.merge_norm(self.merge(groups + place).mean(dim=1)))
+
+    def _split(self, items: Sequence[torch.Tensor], merged: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        start, tokens = dict.fromkeys(merged, 0), []
+        for pixels in items:
+            size = 1 if pixels.shape[1] == 1 else VIDEO_FRAMES_PER_TOKEN
+            shape = (len(pixels), self.tokens_per_item(pixels.shape[1]))
+            end = start[size] + shape[0] * shape[1]
+            tokens.append(merged[size][start[size] : end].unflatten(0, shape))
+            start[size] = end
+        return tokens
 
     def _windows(self, images: torch.Tensor, size: int, pad: int) -> torch.Tensor:
         """Every window as a row: [items, patches, 3 * size * size]."""

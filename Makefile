@@ -1,0 +1,62 @@
+# Nothing but Python >= 3.11 and make is needed: the first target that runs makes .venv and installs into it, once.
+#
+#   make setup      the virtual environment alone
+#   make demo       the whole pipeline on the embedded world (DEMO=smoke: the small size, two minutes)
+#   make test       every test with sampled stress        (ARGS="-k masks" is handed to pytest)
+#   make test-all   every test with full counts, slow ones included
+#   make check      ruff, mypy, import-linter             (make format repairs what ruff can repair)
+#   make clean      remove .venv and the tools' caches; runs/ stays
+#
+# TORCH_INDEX_URL adds a package index that is searched for torch too, so that a machine without a GPU can choose the
+# CPU build: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu. Empty = pip's own configuration.
+
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_INDEX_URL ?=
+DEMO ?=
+ARGS ?=
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+CODE := ernie_elastic scripts tests
+# One thread per test process: two processes share the cores, and results do not depend on the machine.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help setup demo test test-all check format clean
+
+help:
+	@sed -n '3,8s/^#//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer was not found; install it, or run make PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "installing into $(VENV) (once; a few minutes)"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m ernie_elastic.cli demo $(if $(DEMO),--size $(DEMO))
+
+test: setup
+	$(PYTEST) $(ARGS)
+
+test-all: setup
+	STRESS=full $(PYTEST) $(ARGS)
+
+check: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

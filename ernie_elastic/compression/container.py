@@ -1,0 +1,177 @@
+"""Safetensors files, read and written tensor by tensor, with their headers kept verbatim.
+
+Contract: a file is checked before anything in it is used; nothing larger than one tensor is held in memory; the same
+tensors in the same order always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from ernie_elastic.compression.format import Bytes
+from ernie_elastic.errors import CheckpointError, FormatError
+
+MAX_HEADER = 100_000_000
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+STREAM_PREFIX = "tbe__"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors header: begin and end count from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def is_stream(self) -> bool:
+        """True for a compressed tensor."""
+        return self.name.startswith(STREAM_PREFIX)
+
+
+class SafetensorsFile:
+    """A checked, memory-mapped safetensors file. `header` is its length and JSON header verbatim."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise FormatError(f"{path}: {size} bytes with a header of {length} is no safetensors file; it is damaged")
+            self.header = head + stream.read(length)
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = np.frombuffer(self._map, dtype=np.uint8)[8 + length :]
+        self.metadata, self.entries = parse_header(self.header[8:], self.data.size, str(path))
+
+    def raw(self, entry: Entry) -> Bytes:
+        """The bytes u8 [bytes] of one tensor, a read-only view of the file."""
+        return self.data[entry.begin : entry.end]
+
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        """A copy of one tensor, in its own shape and dtype. FormatError for a dtype that torch has no name for."""
+        if entry.dtype not in TORCH_DTYPES:
+            raise FormatError(f"{self.path}: {entry.name!r} has dtype {entry.dtype}, which cannot be read here")
+        raw = torch.from_numpy(self.raw(entry).copy())
+        return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def parse_header(text: bytes, data_size: int, where: str) -> tuple[dict[str, str], list[Entry]]:
+    """Metadata and entries in data order. FormatError unless the entries fill the data without overlap or hole."""
+    try:
+        table = json.loads(text)
+        metadata = table.pop("__metadata__", {}) or {}
+        entries = [
+            Entry(name, item["dtype"], tuple(int(d) for d in item["shape"]), *(int(x) for x in item["data_offsets"]))
+            for name, item in table.items()
+        ]
+        bits = [BITS[entry.dtype] * math.prod(entry.shape) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{where}: its safetensors header is unreadable ({error}); the file is damaged") from error
+    for entry, count in zip(entries, bits, strict=True):
+        if min((*entry.shape, 0)) < 0 or 8 * (entry.end - entry.begin) != count:
+            raise FormatError(
+                f"{where}: {entry.name!r} {entry.dtype} {entry.shape} takes {count / 8} bytes, its offsets say "
+                f"{entry.end - entry.begin}; the file is damaged"
+            )
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            raise FormatError(f"{where}: {entry.name!r} begins at {entry.begin}, expected {at}; the file is damaged")
+        at = entry.end
+    if at != data_size:
+        raise FormatError(f"{where}: its tensors take {at} bytes, the file holds {data_size}; it is damaged")
+    return metadata, entries
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor to be written: its bytes come from `source` (u8 [size]) or, when None, from the spooled streams."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    source: Bytes | None = None
+
+
+def write_safetensors(path: Path, kept: list[Stored], spool: BinaryIO, streams: list[Stored]) -> None:
+    """Write a file: `kept` by falling element size (so that every tensor is aligned), then the spooled streams.
+
+    spool: the bytes of `streams` one after the other; it is read from its start.
+    """
+    kept = sorted(kept, key=lambda item: -BITS[item.dtype])  # stable: the order of the source within a size
+    text = _header_text([*kept, *streams])
+    text += b" " * (-len(text) % 8)
+    spool.seek(0)
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for item in kept:
+            assert item.source is not None
+            out.write(memoryview(np.ascontiguousarray(item.source)))
+        shutil.copyfileobj(spool, out, 1 << 22)
+
+
+def _header_text(items: list[Stored]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for item in items:
+        table[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [at, at + item.size]}
+        at += item.size
+    return json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A `*.safetensors.index.json`. CheckpointError when it is damaged."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(file, str) for file in index["weight_map"].values()):
+            raise ValueError("weight_map must map names to files")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); make the directory anew") from error
+    return index
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files at the top of a directory, in name order; CheckpointError when there is none or one lacks.
+
+    Every file that an index names must be there.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; expected a Hugging Face model directory")
+    files = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
+    if not files:
+        raise CheckpointError(f"{directory} holds no *.safetensors file; save the model with save_pretrained first")
+    for path in sorted(directory.glob("*.safetensors.index.json")):
+        for name in sorted(set(read_index(path)["weight_map"].values())):
+            if not (directory / name).is_file():
+                raise CheckpointError(f"{directory} is damaged: {name} is missing though {path.name} names it; fetch it anew")
+    return files
+
+
+def model_bytes(directory: Path | str) -> int:
+    """Bytes of the weight safetensors of a directory, headers included. CheckpointError when there are none."""
+    return sum(path.stat().st_size for path in weight_files(Path(directory)))

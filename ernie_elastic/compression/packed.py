@@ -1,0 +1,272 @@
+"""Run-time modules whose weights stay compressed in memory: linear layers, embeddings and stacks of experts.
+
+Contract: a packed module gives the bits that the dense one gives (kernel "decode": decode, then the same product), and
+no dense copy of its weight outlives its forward. kernel "fused" decodes inside the product: another summation order,
+so it is never chosen unless asked for. The modules know nothing of files; `quantizer.py` fills them.
+
+Legend: E experts, R rows (outputs), C columns (inputs), M rows of the activations, N looked-up rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ernie_elastic.compression.config import KERNELS
+from ernie_elastic.errors import ConfigError, FormatError
+from ernie_elastic.kernels import zip_gemv
+
+PACKED_EXPERTS = "ernie_elastic_packed"
+BUFFER_PREFIX = "tbe__"
+
+
+class PackedTensor(nn.Module):
+    """A BF16 weight [R, C] or stack [E, R, C] in the run-time layout of `kernels.zip_gemv`, as integer buffers.
+
+    It stands where a parameter stood: `packed[e]` is the dense matrix of expert e in the compute dtype, and torch
+    functions that get the whole of it get it decoded. The compute dtype follows `.to(dtype)`.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stack_shape = tuple(shape)
+        self.kernel = "decode"
+        self._is_hf_initialized = True  # an initialiser has nothing to do here
+        self._matrix: zip_gemv.PackedMatrix | None = None
+        # Holds the compute dtype: module-wide casts reach buffers, and an empty one costs nothing.
+        self.register_buffer("compute", torch.empty(0), persistent=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[R, C] or [E, R, C] of the dense weight."""
+        return torch.Size(self.stack_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: what `decode` gives unless told otherwise."""
+        return self.compute.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed arrays lie."""
+        return self.compute.device
+
+    def fill(self, weight: torch.Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Pack a BF16 weight of this shape and keep only the packed arrays. FormatError for another shape."""
+        if tuple(weight.shape) != self.stack_shape:
+            raise FormatError(f"packed weight: got shape {tuple(weight.shape)}, expected {self.stack_shape}")
+        packed = zip_gemv.pack(weight.reshape(-1, weight.shape[-1]))
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(f"{BUFFER_PREFIX}{name}", tensor.to(device))
+        self.compute = torch.empty(0, dtype=dtype, device=device)
+        self._matrix = None
+
+    @property
+    def matrix(self) -> zip_gemv.PackedMatrix:
+        """All rows as one packed matrix [R, C] (experts below each other: [E * R, C])."""
+        if self._matrix is None:
+            named = {name.removeprefix(BUFFER_PREFIX): t for name, t in self.named_buffers() if name != "compute"}
+            if not named:
+                raise FormatError(f"packed weight {self.stack_shape} was never filled; load it with from_pretrained")
+            rows = self.shape[:-1].numel()
+            self._matrix = zip_gemv.PackedMatrix((rows, self.stack_shape[-1]), named)
+        return self._matrix
+
+    def rows_of(self, expert: int | None) -> tuple[int, int]:
+        """First and last-plus-one row of one expert, or of everything. IndexError outside of the stack."""
+        rows = self.stack_shape[-2]
+        if expert is None:
+            return 0, self.shape[:-1].numel()
+        count = self.stack_shape[0]
+        if not -count <= expert < count:
+            raise IndexError(f"expert {expert} of a stack of {count}")
+        return (expert % count) * rows, (expert % count + 1) * rows
+
+    def decode(self, expert: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight, or [R, C] of one expert, in `dtype` (default: the compute dtype); exact unless float16."""
+        dtype = dtype or self.dtype
+        exact = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
+        start, stop = self.rows_of(expert)
+        dense = zip_gemv.unpack(self.matrix, exact, start=start, stop=stop).to(dtype)
+        return dense if expert is not None else dense.reshape(self.stack_shape)
+
+    def product(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """x [..., C] times the transposed weight (of one expert): [..., R] in x's dtype, by this weight's kernel."""
+        if self.kernel == "decode":
+            return F.linear(x, self.decode(expert, x.dtype))
+        start, stop = self.rows_of(expert)
+        out = zip_gemv.matmul(x.reshape(-1, x.shape[-1]).float(), self.matrix, start=start, stop=stop)
+        return out.to(x.dtype).reshape(*x.shape[:-1], stop - start)
+
+    def look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
+        exact = self.dtype if self.dtype in (torch.bfloat16, torch.float32) else torch.float32
+        return zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype).reshape(*rows.shape, -1)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        scalar = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0 and not index.is_floating_point())
+        if scalar and len(self.stack_shape) == 3:
+            return self.decode(int(index))
+        return self.decode()[index]
+
+    def __len__(self) -> int:
+        return self.stack_shape[0]
+
+    def size(self, dim: int | None = None) -> Any:
+        """As Tensor.size, of the dense weight's shape."""
+        return self.shape if dim is None else self.shape[dim]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Torch functions that are given the packed weight itself see it decoded, for the length of the call."""
+        args, kwargs = tree_map(lambda item: item.decode() if isinstance(item, cls) else item, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedTensor:
+        self._matrix = None  # its arrays may move
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{list(self.stack_shape)}, kernel={self.kernel}"
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear with a packed weight [R, C]; several may share one PackedTensor (tied weights)."""
+
+    def __init__(self, dense: nn.Linear, packed: PackedTensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.packed = packed
+        self.register_parameter("bias", dense.bias)
+        # Nothing here is for an initialiser: the bias is in the checkpoint (quantizer.py checks it).
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy [R, C] in the compute dtype, for code that reads it directly."""
+        return self.packed.decode()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., R]; with kernel "decode" the bits of nn.Linear."""
+        if self.packed.kernel == "decode":
+            return F.linear(x, self.packed.decode(dtype=x.dtype), self.bias)
+        out = self.packed.product(x)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """nn.Embedding with a packed table [R, C]: only the rows that are looked up are decoded."""
+
+    def __init__(self, dense: nn.Embedding, packed: PackedTensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.padding_idx = dense.padding_idx
+        self.packed = packed
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A dense copy [R, C] in the compute dtype, for code that reads it directly."""
+        return self.packed.decode()
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """int64 [...] -> [..., C]; the bits of nn.Embedding."""
+        return self.packed.look_up(index)
+
+
+def packable(module: nn.Module, attribute: str) -> bool:
+    """Whether the parameter `attribute` of `module` can stay packed: how a model opts in.
+
+    Yes for the weight of nn.Linear and nn.Embedding themselves (not of subclasses, whose forward is unknown), and for
+    3-D parameters [E, R, C] of modules that hold experts (`num_experts` = E >= 2, or a class named ...Experts): those
+    are used one expert at a time. Other parameters load dense.
+    """
+    parameter = module._parameters.get(attribute)
+    if parameter is None or parameter.numel() == 0:
+        return False
+    if type(module) is nn.Linear or type(module) is nn.Embedding:
+        limited = isinstance(module, nn.Embedding) and module.max_norm is not None
+        return attribute == "weight" and not limited
+    holds_experts = getattr(module, "num_experts", None) == parameter.shape[0] or "Experts" in type(module).__name__
+    return parameter.ndim == 3 and parameter.shape[0] >= 2 and holds_experts
+
+
+def install(parent: nn.Module, name: str, module: nn.Module, attribute: str, packed: PackedTensor) -> None:
+    """Put `packed` where `module.attribute` (child `name` of `parent`) holds its weight."""
+    if isinstance(module, nn.Linear):
+        setattr(parent, name, PackedLinear(module, packed))
+    elif isinstance(module, nn.Embedding):
+        setattr(parent, name, PackedEmbedding(module, packed))
+    else:
+        del module._parameters[attribute]
+        module.add_module(attribute, packed)
+        if not any(True for _ in module.parameters(recurse=False)):
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(type(module).forward, "__wrapped__"):
+            config._experts_implementation = PACKED_EXPERTS
+
+
+def packed_experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    """The experts back end of a packed model: only routed experts are decoded, one at a time, in increasing order.
+
+    hidden_states [M, C], top_k_index int64 [M, K], top_k_weights [M, K] -> [M, C]. kernel "decode" runs the class's own
+    loop on decoded experts, so its bits are those of the dense loop. "fused" needs gate half first, no biases and no
+    transposed weights; raises ConfigError otherwise.
+    """
+    weights = [child for child in module.children() if isinstance(child, PackedTensor)]
+    if all(weight.kernel == "decode" for weight in weights):
+        return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights, *rest)
+    odd = [name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, name, False)]
+    odd += [name for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
+    if odd:
+        raise ConfigError(f"kernel 'fused' cannot run {type(module).__name__} ({', '.join(odd)}); set_kernel(model, 'decode')")
+    output = torch.zeros_like(hidden_states)
+    count = len(module.down_proj)  # type: ignore[arg-type]
+    for expert in top_k_index.unique().tolist():
+        if expert >= count:  # Transformers' mark for a token whose expert lies on another rank
+            continue
+        token, slot = torch.where(top_k_index == expert)
+        gate_up = _product(module.gate_up_proj, hidden_states[token], expert)
+        hidden = _product(module.down_proj, module._apply_gate(gate_up), expert)  # type: ignore[operator]
+        output.index_add_(0, token, (hidden * top_k_weights[token, slot, None]).to(output.dtype))
+    return output
+
+
+def _product(weight: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    return weight.product(x, expert) if isinstance(weight, PackedTensor) else F.linear(x, weight[expert])
+
+
+def set_kernel(model: nn.Module, kernel: str) -> int:
+    """Choose "decode" (bit-equal) or "fused" for every packed weight of a model; returns how many there are.
+
+    Raises ConfigError for another name, or when the model holds no packed weight.
+    """
+    if kernel not in KERNELS:
+        raise ConfigError(f"kernel {kernel!r} is not known; choose {' or '.join(KERNELS)}")
+    weights = [module for module in model.modules() if isinstance(module, PackedTensor)]
+    if not weights:
+        raise ConfigError("set_kernel: the model holds no packed weight; load it from a compressed directory")
+    for weight in weights:
+        weight.kernel = kernel
+    return len(weights)
+
+
+def resident_weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they lie in memory; shared storage counts once."""
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        key = (str(tensor.device), tensor.data_ptr())
+        seen[key] = max(seen.get(key, 0), tensor.numel() * tensor.element_size())
+    return sum(seen.values())

@@ -1,0 +1,183 @@
+"""The way back and the look inside: identical files from a compressed directory, and a table of its tensors.
+
+Contract: `decompress_directory` gives back every file of the source with its bytes; each restored file is compared with
+the SHA-256 that `compress` recorded before the output gets its final name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ernie_elastic.compression import codec
+from ernie_elastic.compression.config import SHIM_MODULE
+from ernie_elastic.compression.container import BITS, SafetensorsFile, parse_header, weight_files
+from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR, STAGE, is_compressed
+from ernie_elastic.compression.format import VERSION, read_header
+from ernie_elastic.errors import CheckpointError, ConfigError, FormatError
+from ernie_elastic.stages import (
+    MANIFEST_NAME,
+    disk_error,
+    progress,
+    publish_directory,
+    read_manifest,
+    sha256_file,
+)
+
+
+def read_files_table(directory: Path) -> dict[str, Any]:
+    """`tbe_original/files.json`. CheckpointError when the directory is not compressed, FormatError when it is damaged."""
+    path = directory / ORIGINAL_DIR / FILES_NAME
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; expected the output of `ernie-elastic compress`")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not compressed (no {ORIGINAL_DIR}/{FILES_NAME}); give the output of compress")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        version, names = table["format_version"], [*table["files"], *table["streams"]]
+        valid = all(isinstance(item["sha256"], str) for item in table["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is damaged ({error}); fetch {directory} anew") from error
+    if version > VERSION:
+        raise FormatError(f"{path} has format version {version}, this package reads up to {VERSION}; install a newer one")
+    if not valid or any(Path(name).name != name for name in names):
+        raise FormatError(f"{path} is damaged (it names a file outside of the directory); fetch {directory} anew")
+    return table
+
+
+def decompress_directory(directory: Path | str, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
+    """Restore the source of a compressed directory, byte for byte; returns out, files and bytes.
+
+    Raises CheckpointError for a missing, damaged or uncompressed directory or a full disk, ConfigError when `out` lies
+    in `directory`, FormatError when a stream, a header or a restored file is not what was recorded.
+    """
+    directory, out = Path(directory), Path(out)
+    table = read_files_table(directory)
+    if (directory / MANIFEST_NAME).is_file():
+        read_manifest(directory, (STAGE,), verify=True)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already; pass --overwrite to replace it, or choose another --out")
+    if directory.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"--out {out} lies in {directory}; choose a directory outside of it")
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _restore(directory, temporary, table)
+        restored = [path for path in temporary.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in restored)
+        publish_directory(temporary, out)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"out": str(out), "files": len(restored), "bytes": size}
+
+
+def _restore(directory: Path, target: Path, table: dict[str, Any]) -> None:
+    """Fill `target` with the source's files and check those that were replaced."""
+    weights = sorted(table["streams"])
+    ours = {"config.json", MANIFEST_NAME, f"{SHIM_MODULE}.py", *weights, *table["files"]}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if path.is_file() and relative.parts[0] != ORIGINAL_DIR and str(relative) not in ours:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+    total = sum(int(table["files"][name]["bytes"]) for name in weights)
+    with progress(total=total, desc="decompress", unit="B") as bar:
+        for name in weights:
+            _restore_weights(directory, target, name, table["streams"][name], bar.update)
+    for name, entry in sorted(table["files"].items()):
+        if name not in weights:
+            place = directory / ORIGINAL_DIR / name
+            if not place.is_file():
+                raise CheckpointError(f"{directory} is damaged: {ORIGINAL_DIR}/{name} is missing; fetch it anew")
+            shutil.copyfile(place, target / name)
+        if sha256_file(target / name) != entry["sha256"]:
+            raise FormatError(f"{directory}: restored {name} is not the file that was compressed; fetch {directory} anew")
+
+
+def _restore_weights(directory: Path, target: Path, name: str, names: dict[str, str], step: Callable[[int], Any]) -> None:
+    """Rebuild one safetensors file from its verbatim header and the decoded tensors."""
+    header_path = directory / ORIGINAL_DIR / f"{name}.header"
+    for path in (header_path, directory / name):
+        if not path.is_file():
+            raise CheckpointError(f"{directory} is damaged: {path.relative_to(directory)} is missing; fetch it anew")
+    header = header_path.read_bytes()
+    compressed = SafetensorsFile(directory / name)
+    end = max([0, *(entry["data_offsets"][1] for key, entry in _table(header, header_path).items() if key != "__metadata__")])
+    _, entries = parse_header(header[8:], end, str(header_path))
+    found = {names.get(entry.name, entry.name): entry for entry in compressed.entries}
+    with open(target / name, "wb") as out:
+        out.write(header)
+        for entry in entries:
+            twin = found.get(entry.name)
+            if twin is None:
+                raise FormatError(f"{directory / name}: {entry.name!r} is missing; fetch {directory} anew")
+            raw = compressed.raw(twin)
+            if twin.is_stream:
+                raw = codec.decode(raw, str(directory / name), entry.name).reshape(-1).view(torch.uint8).numpy()
+            if raw.size != entry.end - entry.begin:
+                raise FormatError(
+                    f"{directory / name}: {entry.name!r} has {raw.size} bytes, expected {entry.end - entry.begin}; "
+                    f"fetch {directory} anew"
+                )
+            out.write(memoryview(np.ascontiguousarray(raw)))
+            step(raw.size)
+
+
+def _table(header: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(header[8:])
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged ({error}); fetch the directory anew") from error
+
+
+def directory_info(directory: Path | str) -> list[dict[str, Any]]:
+    """One row per tensor of a directory, compressed or not; every stream is decoded, so its checksum is verified.
+
+    Row: name, file, layout ("stored" for a tensor that was left alone), dtype, shape, weights, bytes, bits_per_weight,
+    entropy_bits (8 + the entropy of the exponents: the bound of this kind of coding; None unless BF16), checksum (of
+    the stream; None when stored). Raises CheckpointError and FormatError as loading does.
+    """
+    directory = Path(directory)
+    files = weight_files(directory)
+    if is_compressed(directory):
+        read_files_table(directory)
+    rows = []
+    with progress(total=sum(path.stat().st_size for path in files), desc="info", unit="B") as bar:
+        for path in files:
+            file = SafetensorsFile(path)
+            for entry in file.entries:
+                rows.append(_row(file, entry))
+                bar.update(entry.end - entry.begin)
+    return rows
+
+
+def _row(file: SafetensorsFile, entry: Any) -> dict[str, Any]:
+    raw = file.raw(entry)
+    weights = raw.size * 8 // BITS[entry.dtype]
+    row = {
+        "name": entry.name, "file": file.path.name, "layout": "stored", "dtype": entry.dtype, "shape": list(entry.shape),
+        "weights": weights, "bytes": raw.size, "bits_per_weight": None, "entropy_bits": None, "checksum": None,
+    }  # fmt: skip
+    if entry.is_stream:
+        header = read_header(raw, f"{file.path}: {entry.name}")
+        words = codec.decode(raw, str(file.path)).reshape(-1).view(torch.int16).numpy().view(np.uint16)
+        row.update(name=header.name, layout=header.layout, dtype="BF16", shape=list(header.shape), weights=header.weights)
+        row.update(checksum=header.checksum)
+    elif entry.dtype == "BF16":
+        words = raw.view(np.uint16) if raw.size else np.empty(0, dtype=np.uint16)
+    else:
+        words = None
+    if words is not None:
+        row["entropy_bits"] = round(8 + codec.entropy(codec.count_exponents(words)), 4)
+    row["bits_per_weight"] = round(8 * raw.size / row["weights"], 4) if row["weights"] else None
+    return row

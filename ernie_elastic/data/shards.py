@@ -1,0 +1,96 @@
+"""Packed shards on disk: tokenised documents as flat arrays, and which of them share a row.
+
+One shard is a safetensors file: `ids` int32, `pixels` uint8 [frames, H, W, 3], `latents` float16 [frames, h, w, D],
+`codes` int16 [steps, Q], and an index `segments` int64 [segments, 5]: document, kind, role, start, length.
+Rows are listed in `rows.safetensors`: `documents` int64 (numbers over all shards) and `offsets` int64 [rows + 1].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.errors import DataError
+
+KINDS = ("text", "image", "video", "audio")
+ROLES = ("input", "target")
+ROWS_FILE = "rows.safetensors"
+
+
+def write_shard(path: Path, documents: list[list[Tokens]]) -> None:
+    """Write tokenised documents as one shard."""
+    parts: dict[str, list[np.ndarray]] = {"ids": [], "pixels": [], "latents": [], "codes": []}
+    totals = dict.fromkeys(parts, 0)
+    index = []
+    for number, document in enumerate(documents):
+        for segment in document:
+            name = _array_name(segment)
+            array = segment.array()
+            index.append((number, KINDS.index(segment.kind), ROLES.index(segment.role), totals[name], len(array)))
+            parts[name].append(array)
+            totals[name] += len(array)
+    tensors = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+    tensors["segments"] = np.asarray(index, dtype=np.int64).reshape(-1, 5)
+    save_file(tensors, path)
+
+
+def _array_name(segment: Tokens) -> str:
+    if segment.kind == "text":
+        return "ids"
+    if segment.kind == "audio":
+        return "codes"
+    return "pixels" if segment.role == "input" else "latents"
+
+
+def write_rows(path: Path, rows: list[list[int]]) -> None:
+    """Write which documents share a row."""
+    offsets = np.cumsum([0, *(len(row) for row in rows)]).astype(np.int64)
+    flat = np.asarray([document for row in rows for document in row], dtype=np.int64)
+    save_file({"documents": flat, "offsets": offsets}, path)
+
+
+class PackedCorpus:
+    """Random access to the rows of a packed directory; arrays are read into memory once."""
+
+    def __init__(self, directory: Path | str) -> None:
+        directory = Path(directory)
+        paths = sorted(directory.glob("shard-*.safetensors"))
+        if not paths or not (directory / ROWS_FILE).exists():
+            raise DataError(f"{directory} holds no packed shards; make them with `ernie-elastic prepare-data`")
+        self.shards = [self._load(path) for path in paths]
+        self.first = np.cumsum([0, *(shard["num_documents"] for shard in self.shards)])
+        rows = load_file(directory / ROWS_FILE)
+        self.offsets, self.documents = rows["offsets"], rows["documents"]
+
+    @staticmethod
+    def _load(path: Path) -> dict:
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        segments = arrays["segments"]
+        count = int(segments[-1, 0]) + 1 if len(segments) else 0
+        return {**arrays, "num_documents": count, "starts": np.searchsorted(segments[:, 0], np.arange(count + 1))}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the whole directory."""
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> list[int]:
+        """Document numbers of one row."""
+        return [int(number) for number in self.documents[self.offsets[index] : self.offsets[index + 1]]]
+
+    def document(self, number: int) -> list[Tokens]:
+        """Token segments of one document."""
+        shard_id = int(np.searchsorted(self.first, number, side="right")) - 1
+        shard, local = self.shards[shard_id], number - int(self.first[shard_id])
+        parts = []
+        for row in shard["segments"][shard["starts"][local] : shard["starts"][local + 1]]:
+            _, kind, role, start, length = (int(value) for value in row)
+            empty = Tokens(KINDS[kind], ROLES[role])
+            name = _array_name(empty)
+            parts.append(Tokens(empty.kind, empty.role, **{name: shard[name][start : start + length]}))
+        return parts

@@ -1,0 +1,119 @@
+"""Losslessly compressed BF16 matrices on the CPU: pack, unpack, and a fused decode + GEMV / small-M GEMM.
+
+Contract: weights are bit-exact (`reference.py` is the definition). `native` is C++ built at first use when a compiler
+is found; `backend="auto"` takes it when it is there and logs once what was chosen and why; asking for a back end that
+is not there raises ConfigError with the reason. Outputs of `native` are bit-identical to our plain BF16 GEMV of the
+same sum order (tests/kernels/test_zip_gemv.py).
+
+Legend: R rows, C columns, M rows of the activations, N number of rows asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ernie_elastic.errors import ConfigError
+from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
+from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix, pack
+
+__all__ = [
+    "PackedMatrix",
+    "available_backends",
+    "backend_reason",
+    "matmul",
+    "pack",
+    "unpack",
+    "unpack_rows",
+]
+Backend = Literal["auto", "native", "reference"]
+logger = logging.getLogger(__name__)
+
+
+def available_backends() -> tuple[str, ...]:
+    """The back ends that can run here: ("reference",) or ("native", "reference")."""
+    return ("native", "reference") if cpu_impl.load().library is not None else ("reference",)
+
+
+def backend_reason() -> str:
+    """One line: which back end `auto` takes and why."""
+    return f"zip_gemv: auto = {available_backends()[0]} ({cpu_impl.load().reason})"
+
+
+@functools.cache
+def _auto_is_native() -> bool:
+    """What `auto` means for matrices on the CPU; resolved and logged once a process."""
+    logger.info(backend_reason())
+    return available_backends()[0] == "native"
+
+
+def _native(backend: str, packed: PackedMatrix) -> bool:
+    """Whether a call runs natively. Raises ConfigError for an unknown back end or one that cannot run."""
+    if backend == "reference":
+        return False
+    if backend == "auto":
+        return "native" in packed.prepared or (packed.tensors["low"].device.type == "cpu" and _auto_is_native())
+    if backend != "native":
+        raise ConfigError(f"zip_gemv: backend {backend!r} is not known; choose auto, native or reference")
+    if "native" not in available_backends():
+        raise ConfigError(f"zip_gemv: backend 'native' cannot run here: {cpu_impl.load().reason}; choose reference")
+    if packed.tensors["low"].device.type != "cpu":
+        raise ConfigError(
+            f"zip_gemv: backend 'native' runs on cpu, the matrix is on {packed.tensors['low'].device}; "
+            "move it to cpu or choose reference"
+        )
+    return True
+
+
+def unpack(
+    packed: PackedMatrix,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: Backend = "auto",
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows start..stop (default: all) as [stop - start, C], bit-exact BF16 or its exact float32 widening.
+
+    out: a contiguous tensor of that shape and dtype to write and return; reusing one avoids the page faults of a
+    large new tensor. Raises ConfigError for another dtype, rows outside the matrix, an `out` that does not fit or a
+    back end that cannot run.
+    """
+    if _native(backend, packed):
+        return cpu_impl.unpack(packed, dtype, start, stop, out)
+    return reference.unpack(packed, dtype, start=start, stop=stop, out_NC=out)
+
+
+def unpack_rows(
+    packed: PackedMatrix, rows_N: Tensor, dtype: torch.dtype = torch.bfloat16, backend: Backend = "auto"
+) -> Tensor:
+    """The rows named by int64 [N], repeats allowed, as [N, C] in `dtype` (an embedding look-up), bit-exact.
+
+    Raises ConfigError for an index outside the matrix, another dtype or a back end that cannot run.
+    """
+    if _native(backend, packed):
+        return cpu_impl.unpack_rows(packed, rows_N, dtype)
+    return reference.unpack_rows(packed, rows_N, dtype)
+
+
+def matmul(
+    x_MC: Tensor, packed: PackedMatrix, backend: Backend = "auto", *, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """x [M, C] float32 times the transpose of rows start..stop (default: all): float32 [M, stop - start].
+
+    Native: fused decode up to `cpu_impl.FUSED_MAX_ROWS` rows of x, beyond that decode a block of rows and multiply.
+    Raises ConfigError for another dtype or width of x, rows outside the matrix or a back end that cannot run.
+    """
+    if x_MC.dtype != torch.float32 or x_MC.ndim != 2 or x_MC.shape[1] != packed.shape[1]:
+        raise ConfigError(
+            f"zip_gemv: x is {x_MC.dtype} {tuple(x_MC.shape)}, the matrix {packed.shape} needs torch.float32 "
+            f"[M, {packed.shape[1]}]; convert x"
+        )
+    if _native(backend, packed):
+        return cpu_impl.matmul(x_MC, packed, start, stop)
+    return reference.matmul(x_MC, packed, start=start, stop=stop)

@@ -1,0 +1,150 @@
+// AVX2 + FMA code, compiled for that target whatever the build's flags are and chosen at run time.
+#pragma once
+#include "layout.h"
+
+#ifdef ZIP_X86
+#define ZIP_AVX2 __attribute__((target("avx2,fma")))
+
+namespace zip::avx2 {
+
+constexpr int64_t kGroup = 32;  // weights decoded at once
+constexpr int64_t kSlack = 4;   // code bytes read beyond the last group
+constexpr int kTile = 2;        // rows of x that share decoded weights in registers
+
+ZIP_AVX2 inline __m256i load(const void* place) { return _mm256_loadu_si256(static_cast<const __m256i*>(place)); }
+
+ZIP_AVX2 inline __m256i load_table(const uint8_t* table) {
+  int64_t eight;
+  std::memcpy(&eight, table, 8);
+  return _mm256_set1_epi64x(eight);
+}
+
+// High bytes of 32 weights in order, from their 12 code bytes (16 are read).
+ZIP_AVX2 inline __m256i high_bytes(const uint8_t* codes, __m256i table) {
+  // Each 16-bit lane gets the two bytes that hold its 6-bit pair of codes; a multiply moves the pair to bits 10..15.
+  const __m256i pick = _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6,
+                                        6, 7, 6, 7, 7, 8, 8, 9, 9, 10, 9, 10, 10, 11, 11, 12);
+  const __m256i align = _mm256_set1_epi64x(0x0100004000100400);
+  const __m256i raw = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  const __m256i pair = _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, pick), align);
+  const __m256i second = _mm256_and_si256(_mm256_srli_epi16(pair, 5), _mm256_set1_epi16(0x0700));
+  // Bit 3 of the even codes is a bit of their neighbour: the table repeats its 8 entries, so it does not matter.
+  return _mm256_shuffle_epi8(table, _mm256_or_si256(_mm256_srli_epi16(pair, 10), second));
+}
+
+ZIP_AVX2 inline void decode_bf16(const Matrix& m, int64_t begin, int64_t end, uint16_t* out) {
+  const __m256i table = load_table(m.table);
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const __m256i high = _mm256_permute4x64_epi64(high_bytes(m.codes + 3 * (i / 8), table), 0xD8);
+    const __m256i low = _mm256_permute4x64_epi64(load(m.low + i), 0xD8);
+    __m256i* place = reinterpret_cast<__m256i*>(out + (i - begin));
+    _mm256_storeu_si256(place, _mm256_unpacklo_epi8(low, high));
+    _mm256_storeu_si256(place + 1, _mm256_unpackhi_epi8(low, high));
+  }
+}
+
+ZIP_AVX2 inline void decode_fp32(const Matrix& m, int64_t begin, int64_t end, uint32_t* out) {
+  const __m256i table = load_table(m.table), zero = _mm256_setzero_si256();
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const __m256i high = high_bytes(m.codes + 3 * (i / 8), table);
+    const __m256i low = load(m.low + i);
+    // The 128-bit halves of a hold words 0..7 and 16..23, those of b 8..15 and 24..31.
+    const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
+    const __m256i a0 = _mm256_unpacklo_epi16(zero, a), a1 = _mm256_unpackhi_epi16(zero, a);
+    const __m256i b0 = _mm256_unpacklo_epi16(zero, b), b1 = _mm256_unpackhi_epi16(zero, b);
+    __m256i* place = reinterpret_cast<__m256i*>(out + (i - begin));
+    _mm256_storeu_si256(place, _mm256_permute2x128_si256(a0, a1, 0x20));
+    _mm256_storeu_si256(place + 1, _mm256_permute2x128_si256(b0, b1, 0x20));
+    _mm256_storeu_si256(place + 2, _mm256_permute2x128_si256(a0, a1, 0x31));
+    _mm256_storeu_si256(place + 3, _mm256_permute2x128_si256(b0, b1, 0x31));
+  }
+}
+
+ZIP_AVX2 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, uint8_t* out) {
+  const __m256i table = load_table(m.table);
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const uint8_t* codes = m.codes + 3 * (i / 8);
+    if (i % 128 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+    if (i % 64 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(m.low + i + kPrefetch), _MM_HINT_T0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i - begin)), high_bytes(codes, table));
+  }
+}
+
+// Columns of a group of 32 in the order in which decoded weights fall into four vectors of 8 floats: from two byte
+// streams (interleaved within 128-bit lanes), or from plain words.
+inline int64_t stream_column(int64_t k) { return k % 8 / 4 * 16 + k / 16 * 8 + k % 4 * 2 + k / 8 % 2; }
+inline int64_t word_column(int64_t k) { return k / 16 * 16 + k % 8 * 2 + k / 8 % 2; }
+
+// The tree of tree_sum. streams: the sums are in stream_column order, else in word_column order.
+ZIP_AVX2 inline float reduce(const __m256 (&s)[4], bool streams) {
+  __m256 a = _mm256_add_ps(s[0], s[1]), b = _mm256_add_ps(s[2], s[3]);
+  if (streams) {
+    const __m256 first = _mm256_permute2f128_ps(a, b, 0x20);
+    b = _mm256_permute2f128_ps(a, b, 0x31);
+    a = first;
+  }
+  a = _mm256_add_ps(a, b);
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+// R adjacent rows of weights, as two byte streams or as BF16 words.
+struct Streams {
+  const uint8_t *low, *high;
+  static constexpr bool kStreams = true;
+  ZIP_AVX2 void load32(int64_t i, __m256i& a, __m256i& b) const {
+    const __m256i l = load(low + i), h = load(high + i);
+    a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+  }
+  ZIP_AVX2 void load_tail(int64_t i, int64_t count, __m256i& a, __m256i& b) const {
+    uint8_t tail[2 * kLane] = {};
+    std::memcpy(tail, low + i, size_t(count));
+    std::memcpy(tail + kLane, high + i, size_t(count));
+    Streams{tail, tail + kLane}.load32(0, a, b);
+  }
+};
+
+struct Words {
+  const uint16_t* words;
+  static constexpr bool kStreams = false;
+  ZIP_AVX2 void load32(int64_t i, __m256i& a, __m256i& b) const {
+    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
+    a = load(words + i), b = load(words + i + 16);
+  }
+  ZIP_AVX2 void load_tail(int64_t i, int64_t count, __m256i& a, __m256i& b) const {
+    uint16_t tail[kLane] = {};
+    std::memcpy(tail, words + i, 2 * size_t(count));
+    Words{tail}.load32(0, a, b);
+  }
+};
+
+// 32 weights given as words in a and b to floats: even and odd words of a, then of b.
+ZIP_AVX2 inline void widen_32(__m256i a, __m256i b, __m256 (&w)[4]) {
+  const __m256i upper = _mm256_set1_epi32(int(0xFFFF0000));
+  w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), w[1] = _mm256_castsi256_ps(_mm256_and_si256(a, upper));
+  w[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), w[3] = _mm256_castsi256_ps(_mm256_and_si256(b, upper));
+}
+
+// R rows of weights times T rows of x (in the column order of the weights, 64-byte aligned, padded to whole groups).
+template <int R, int T, class Weights>
+ZIP_AVX2 void dot(Weights weights, const float* x, int64_t stride, int64_t columns, float* y, int64_t ldy) {
+  __m256 sums[R * T][4], w[4];
+  ZIP_UNROLL for (int k = 0; k < R * T; ++k)
+    ZIP_UNROLL for (int v = 0; v < 4; ++v) sums[k][v] = _mm256_setzero_ps();
+  for (int64_t c = 0; c < columns; c += kLane) {
+    ZIP_UNROLL for (int r = 0; r < R; ++r) {
+      __m256i a, b;
+      if (c + kLane <= columns) weights.load32(r * columns + c, a, b);
+      else weights.load_tail(r * columns + c, columns - c, a, b);  // weights beyond the row count as +0
+      widen_32(a, b, w);
+      ZIP_UNROLL for (int t = 0; t < T; ++t)
+        ZIP_UNROLL for (int v = 0; v < 4; ++v)
+          sums[r * T + t][v] = _mm256_fmadd_ps(w[v], _mm256_load_ps(x + t * stride + c + 8 * v), sums[r * T + t][v]);
+    }
+  }
+  ZIP_UNROLL for (int k = 0; k < R * T; ++k) y[k % T * ldy + k / T] = reduce(sums[k], Weights::kStreams);
+}
+
+}  // namespace zip::avx2
+#endif  // ZIP_X86

@@ -1,0 +1,168 @@
+// AVX-512 (F, BW, VL, VBMI) code: the same results as avx2.h, bit for bit, with half the instructions.
+#pragma once
+#include "layout.h"
+
+#ifdef ZIP_X86
+#define ZIP_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vbmi")))
+
+namespace zip::avx512 {
+
+constexpr int64_t kGroup = 64;  // weights decoded at once
+constexpr int64_t kSlack = 0;   // code bytes read beyond the last group (the load is masked)
+constexpr int kTile = 4;        // rows of x that share decoded weights in registers
+
+// Byte tables of the shuffles below, filled once.
+struct Indices {
+  alignas(64) uint8_t spread[64];  // the three code bytes of each 8 weights to the start of a 64-bit lane
+  alignas(64) uint8_t fields[64];  // bit offsets 0, 3, .. 21 within each 64-bit lane
+  alignas(64) uint8_t words[64];   // low byte, high byte, ... of 32 weights held as 32 low and 32 high bytes
+  alignas(64) uint8_t even[64];    // the same as the upper halves of 16 floats: weights 0, 2, .. 30
+  alignas(64) uint8_t odd[64];     // weights 1, 3, .. 31
+  alignas(64) uint8_t first[64];   // weights 0..15
+  alignas(64) uint8_t second[64];  // weights 16..31
+
+  Indices() {
+    for (int k = 0; k < 64; ++k) {
+      spread[k] = uint8_t(k % 8 < 3 ? 3 * (k / 8) + k % 8 : 63);
+      fields[k] = uint8_t(3 * (k % 8));
+      words[k] = uint8_t(k / 2 + 32 * (k % 2));
+      const int lane = k / 4, high = k % 4 == 3 ? 32 : 0;
+      even[k] = uint8_t(2 * lane + high);
+      odd[k] = uint8_t(2 * lane + 1 + high);
+      first[k] = uint8_t(lane + high);
+      second[k] = uint8_t(16 + lane + high);
+    }
+  }
+};
+
+inline const Indices& indices() {
+  static const Indices all;
+  return all;
+}
+
+constexpr uint64_t kUpperHalves = 0xCCCCCCCCCCCCCCCCull;  // bytes 2 and 3 of every float
+
+ZIP_AVX512 inline __m512i load_table(const uint8_t* table) {
+  int64_t eight;
+  std::memcpy(&eight, table, 8);
+  return _mm512_set1_epi64(eight);
+}
+
+// High bytes of 64 weights in order. The look-up uses 6 bits of each field: the table is repeated 8 times.
+ZIP_AVX512 inline __m512i high_bytes(const uint8_t* codes, __m512i table, __m512i spread, __m512i fields) {
+  const __m512i raw = _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8(0xFFFFFFu, codes));
+  return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, raw)), table);
+}
+
+// 32 low bytes below 32 high bytes.
+ZIP_AVX512 inline __m512i join(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_zextsi256_si512(low), high, 1);
+}
+
+ZIP_AVX512 inline __m256i load(const void* place) { return _mm256_loadu_si256(static_cast<const __m256i*>(place)); }
+
+ZIP_AVX512 inline void decode_bf16(const Matrix& m, int64_t begin, int64_t end, uint16_t* out) {
+  const __m512i table = load_table(m.table), spread = _mm512_load_si512(indices().spread);
+  const __m512i fields = _mm512_load_si512(indices().fields), words = _mm512_load_si512(indices().words);
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const __m512i high = high_bytes(m.codes + 3 * (i / 8), table, spread, fields);
+    const __m512i a = join(load(m.low + i), _mm512_castsi512_si256(high));
+    const __m512i b = join(load(m.low + i + 32), _mm512_extracti64x4_epi64(high, 1));
+    _mm512_storeu_si512(out + (i - begin), _mm512_permutexvar_epi8(words, a));
+    _mm512_storeu_si512(out + (i - begin) + 32, _mm512_permutexvar_epi8(words, b));
+  }
+}
+
+ZIP_AVX512 inline void decode_fp32(const Matrix& m, int64_t begin, int64_t end, uint32_t* out) {
+  const __m512i table = load_table(m.table), spread = _mm512_load_si512(indices().spread);
+  const __m512i fields = _mm512_load_si512(indices().fields);
+  const __m512i first = _mm512_load_si512(indices().first), second = _mm512_load_si512(indices().second);
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const __m512i high = high_bytes(m.codes + 3 * (i / 8), table, spread, fields);
+    const __m512i a = join(load(m.low + i), _mm512_castsi512_si256(high));
+    const __m512i b = join(load(m.low + i + 32), _mm512_extracti64x4_epi64(high, 1));
+    uint32_t* place = out + (i - begin);
+    _mm512_storeu_si512(place, _mm512_maskz_permutexvar_epi8(kUpperHalves, first, a));
+    _mm512_storeu_si512(place + 16, _mm512_maskz_permutexvar_epi8(kUpperHalves, second, a));
+    _mm512_storeu_si512(place + 32, _mm512_maskz_permutexvar_epi8(kUpperHalves, first, b));
+    _mm512_storeu_si512(place + 48, _mm512_maskz_permutexvar_epi8(kUpperHalves, second, b));
+  }
+}
+
+ZIP_AVX512 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, uint8_t* out) {
+  const __m512i table = load_table(m.table), spread = _mm512_load_si512(indices().spread);
+  const __m512i fields = _mm512_load_si512(indices().fields);
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const uint8_t* codes = m.codes + 3 * (i / 8);
+    if (i % 128 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(m.low + i + kPrefetch), _MM_HINT_T0);
+    _mm512_storeu_si512(out + (i - begin), high_bytes(codes, table, spread, fields));
+  }
+}
+
+// Columns of a group of 32 in the order of two vectors of 16 floats: even columns, then odd ones.
+inline int64_t column(int64_t k) { return k % 16 * 2 + k / 16; }
+
+// The tree of tree_sum over sums in `column` order.
+ZIP_AVX512 inline float reduce(__m512 even, __m512 odd) {
+  const __m512 pairs = _mm512_add_ps(even, odd);
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(pairs), 1));
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(pairs), upper);
+  __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+// R adjacent rows of weights, as two byte streams or as BF16 words. inside: which of 32 weights belong to the row.
+struct Streams {
+  const uint8_t *low, *high;
+  struct Constants {
+    __m512i even, odd;
+  };
+  ZIP_AVX512 static Constants constants() {
+    return {_mm512_load_si512(indices().even), _mm512_load_si512(indices().odd)};
+  }
+  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
+    const __m512i both = join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + i));
+    even = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
+    odd = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));
+  }
+};
+
+struct Words {
+  const uint16_t* words;
+  struct Constants {
+    __m512i upper;
+  };
+  ZIP_AVX512 static Constants constants() { return {_mm512_set1_epi32(int(0xFFFF0000))}; }
+  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
+    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
+    const __m512i all = _mm512_maskz_loadu_epi16(inside, words + i);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(all, k.upper));
+  }
+};
+
+// R rows of weights times T rows of x (in `column` order, 64-byte aligned, padded to whole groups).
+template <int R, int T, class Weights>
+ZIP_AVX512 void dot(Weights weights, const float* x, int64_t stride, int64_t columns, float* y, int64_t ldy) {
+  const auto constants = Weights::constants();
+  __m512 sums[R][T][2], w[R][2];
+  ZIP_UNROLL for (int k = 0; k < R * T; ++k) sums[k / T][k % T][0] = sums[k / T][k % T][1] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < columns; c += kLane) {
+    const int64_t rest = columns - c;  // weights beyond the row count as +0
+    const __mmask32 inside = rest >= kLane ? 0xFFFFFFFFu : (1u << rest) - 1;
+    ZIP_UNROLL for (int r = 0; r < R; ++r) weights.load32(r * columns + c, inside, constants, w[r][0], w[r][1]);
+    ZIP_UNROLL for (int t = 0; t < T; ++t) {
+      const __m512 even = _mm512_load_ps(x + t * stride + c), odd = _mm512_load_ps(x + t * stride + c + 16);
+      ZIP_UNROLL for (int r = 0; r < R; ++r) {
+        sums[r][t][0] = _mm512_fmadd_ps(w[r][0], even, sums[r][t][0]);
+        sums[r][t][1] = _mm512_fmadd_ps(w[r][1], odd, sums[r][t][1]);
+      }
+    }
+  }
+  ZIP_UNROLL for (int k = 0; k < R * T; ++k) y[k % T * ldy + k / T] = reduce(sums[k / T][k % T][0], sums[k / T][k % T][1]);
+}
+
+}  // namespace zip::avx512
+#endif  // ZIP_X86

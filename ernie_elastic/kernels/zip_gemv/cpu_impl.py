@@ -1,0 +1,151 @@
+"""ctypes front of zip_gemv.cpp: the same functions as reference.py, natively, on CPU tensors.
+
+Contract: weights bit-exact; products bit-identical to `bf16_matmul`, our plain BF16 twin of the same sum order, for
+every number of rows of x that takes the fused path. Every call releases the GIL and uses up to
+`torch.get_num_threads()` threads where a thread has enough to do.
+
+Legend: R rows, C columns, M rows of the activations, N number of rows asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie_elastic.errors import ConfigError, FormatError
+from ernie_elastic.kernels.native import NativeLibrary, build_and_load
+from ernie_elastic.kernels.zip_gemv import reference
+from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
+
+ABI = 2
+# Above this many rows of x, decoding a block and multiplying by torch is faster (scripts/bench/zip_gemv_cpu.py).
+FUSED_MAX_ROWS = 16
+# Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the L2 cache.
+DECODE_BLOCK_BYTES = 512 << 10
+LEVELS = ("portable loops", "AVX2 + FMA", "AVX-512")
+_P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class Matrix(ctypes.Structure):
+    """zip::Matrix of layout.h: addresses of the arrays, R, C, number of fallbacks, highest LEVELS index to use."""
+
+    _fields_ = (
+        *((name, _P) for name in reference.DTYPES),
+        *((name, _I64) for name in ("rows", "columns", "fallbacks", "level")),
+    )
+
+
+@functools.cache
+def load() -> NativeLibrary:
+    """Build (first use of the machine), load and declare the library; resolved once a process."""
+    native = build_and_load(Path(__file__).with_name("zip_gemv.cpp"))
+    library = native.library
+    if library is None:
+        return native
+    if library.zip_abi() != ABI:
+        return NativeLibrary(None, f"the built library has ABI {library.zip_abi()}, this package needs {ABI}")
+    library.zip_unpack.argtypes = (_P, _I64, _I64, _INT, _INT, _P)
+    library.zip_unpack_rows.argtypes = (_P, _P, _I64, _INT, _INT, _P)
+    library.zip_matmul.argtypes = (_P, _P, _I64, _I64, _I64, _INT, _P)
+    library.zip_bf16_matmul.argtypes = (_P, _I64, _I64, _I64, _P, _I64, _INT, _P)
+    return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}")
+
+
+def _library() -> ctypes.CDLL:
+    native = load()
+    if native.library is None:
+        raise ConfigError(f"zip_gemv: backend 'native' cannot run here: {native.reason}; choose reference")
+    return native.library
+
+
+def prepare(packed: PackedMatrix, level: int = len(LEVELS) - 1) -> int:
+    """Address of the matrix as C++ sees it, made at the first call and kept with the matrix and its arrays.
+
+    level: the highest index of LEVELS to use (tests compare them). Raises ConfigError for arrays that C++ cannot read
+    as they are.
+    """
+    kept = packed.prepared.get("native")
+    if kept is None or kept[0].level != level:
+        arrays = [packed.tensors[name] for name in reference.DTYPES]
+        if any(array.device.type != "cpu" or not array.is_contiguous() for array in arrays):
+            raise ConfigError(f"zip_gemv: packed matrix {packed.shape} is not contiguous on cpu; pack it anew there")
+        matrix = Matrix(*[array.data_ptr() for array in arrays], *packed.shape, packed.num_fallbacks, level)
+        kept = packed.prepared["native"] = (matrix, ctypes.addressof(matrix), arrays)
+    return kept[1]
+
+
+def _check(code: int, packed: PackedMatrix) -> None:
+    if code:
+        raise FormatError(f"packed matrix {packed.shape}: its fallback offsets are out of range; pack it anew")
+
+
+def unpack(
+    packed: PackedMatrix, dtype: torch.dtype, start: int = 0, stop: int | None = None, out_NC: Tensor | None = None
+) -> Tensor:
+    """Rows start..stop as [stop - start, C] BF16 or float32; arguments and errors as in `reference.unpack`."""
+    reference.check_dtype(dtype)
+    start, stop = reference.check_range(packed, start, stop)
+    out_NC = reference.check_out(packed, dtype, stop - start, out_NC)
+    wide, threads = int(dtype == torch.float32), torch.get_num_threads()
+    _check(_library().zip_unpack(prepare(packed), start, stop, wide, threads, out_NC.data_ptr()), packed)
+    return out_NC
+
+
+def unpack_rows(packed: PackedMatrix, rows_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows named by int64 [N] as [N, C] BF16 or float32; errors as in `reference.unpack_rows`."""
+    reference.check_dtype(dtype)
+    rows_N = reference.check_rows(packed, rows_N)
+    out_NC = torch.empty(rows_N.numel(), packed.shape[1], dtype=dtype)
+    wide, threads = int(dtype == torch.float32), torch.get_num_threads()
+    code = _library().zip_unpack_rows(
+        prepare(packed), rows_N.data_ptr(), rows_N.numel(), wide, threads, out_NC.data_ptr()
+    )
+    _check(code, packed)
+    return out_NC
+
+
+def matmul(x_MC: Tensor, packed: PackedMatrix, start: int = 0, stop: int | None = None) -> Tensor:
+    """x float32 [M, C] times the transpose of rows start..stop: float32 [M, stop - start]."""
+    start, stop = reference.check_range(packed, start, stop)
+    if x_MC.shape[0] > FUSED_MAX_ROWS:
+        return _decode_then_multiply(x_MC, packed, start, stop)
+    x_MC = x_MC.detach().contiguous()
+    y_MR = torch.empty(x_MC.shape[0], stop - start)
+    code = _library().zip_matmul(
+        prepare(packed), x_MC.data_ptr(), x_MC.shape[0], start, stop, torch.get_num_threads(), y_MR.data_ptr()
+    )
+    _check(code, packed)
+    return y_MR
+
+
+def _decode_then_multiply(x_MC: Tensor, packed: PackedMatrix, start: int, stop: int) -> Tensor:
+    """Decode a block of rows to float32 into one buffer and multiply it, block by block."""
+    y_MR = torch.empty(x_MC.shape[0], stop - start)
+    step = max(1, min(stop - start, DECODE_BLOCK_BYTES // (4 * packed.shape[1])))
+    buffer_RC = torch.empty(step, packed.shape[1])
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        weight_RC = unpack(packed, torch.float32, first, last, buffer_RC[: last - first])
+        y_MR[:, first - start : last - start] = x_MC @ weight_RC.T
+    return y_MR
+
+
+def bf16_matmul(x_MC: Tensor, weight_RC: Tensor, level: int = len(LEVELS) - 1) -> Tensor:
+    """The plain twin: float32 [M, C] times the transpose of BF16 [R, C], in the fused product's sum order: [M, R]."""
+    x_MC, weight_RC = x_MC.detach().contiguous(), weight_RC.detach().contiguous()
+    if weight_RC.dtype != torch.bfloat16 or x_MC.dtype != torch.float32 or x_MC.shape[1] != weight_RC.shape[1]:
+        raise ConfigError(
+            f"bf16_matmul: x {x_MC.dtype} {tuple(x_MC.shape)} and weight {weight_RC.dtype} {tuple(weight_RC.shape)}; "
+            "pass float32 [M, C] and bfloat16 [R, C]"
+        )
+    rows, columns = weight_RC.shape
+    y_MR = torch.empty(x_MC.shape[0], rows)
+    count, threads = x_MC.shape[0], torch.get_num_threads()
+    _library().zip_bf16_matmul(
+        weight_RC.data_ptr(), rows, columns, level, x_MC.data_ptr(), count, threads, y_MR.data_ptr()
+    )
+    return y_MR

@@ -1,0 +1,125 @@
+// The run-time layout of reference.py as C++ sees it, its fallback lists, and the portable loops.
+//
+// Sum order of every product (compressed or plain BF16, any instruction set with FMA, any number of rows of x): 32
+// partial sums, one per column residue mod 32, each in column order by FMA, then one fixed tree (tree_sum). So the
+// compressed product has the bits of the plain BF16 product. The portable loops keep the order but round the product
+// and the sum apart, for processors without FMA.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ZIP_X86 1
+#include <immintrin.h>
+#endif
+
+// Before loops over registers: unrolled early, so that arrays of vectors live in registers.
+#define ZIP_UNROLL _Pragma("GCC unroll 16")
+
+namespace zip {
+
+constexpr int64_t kBlock = 256;       // weights that one fallback list covers
+constexpr int64_t kLane = 32;         // partial sums of a dot product
+constexpr int64_t kSegment = 4096;    // weights whose high bytes stay in L1 between the two phases of a product
+constexpr int64_t kPrefetch = 1024;   // bytes ahead
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Passed from Python as it is (cpu_impl.Matrix). level: the highest instruction set that may be used.
+struct Matrix {
+  const uint8_t* low;
+  const uint8_t* codes;
+  const uint8_t* table;
+  const int32_t* offsets;
+  const uint8_t* positions;
+  const uint8_t* highs;
+  int64_t rows, columns, fallbacks, level;
+
+  int64_t count() const { return rows * columns; }
+  int64_t code_bytes() const { return 3 * ((count() + 7) / 8); }
+  uint8_t high_at(int64_t i) const {
+    const uint8_t* p = codes + 3 * (i / 8);
+    const uint32_t word = p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16;
+    return table[(word >> 3 * (i % 8)) & 7];
+  }
+};
+
+// The highest instruction set of this processor that this file has code for, at most `wanted`.
+inline Level supported_level(int64_t wanted) {
+#ifdef ZIP_X86
+  static const Level best = [] {
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kPortable;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+    return wide ? kAvx512 : kAvx2;
+  }();
+  return Level(std::min<int64_t>(best, wanted));
+#else
+  return Level(std::min<int64_t>(kPortable, wanted));
+#endif
+}
+
+// Writes the true high byte of every fallback of the flat range [begin, end); the high byte of weight i is
+// out[(i - begin) * kStride + kStride - 1]. False when the lists are damaged.
+template <int kStride>
+bool patch_fallbacks(const Matrix& m, int64_t begin, int64_t end, uint8_t* out) {
+  uint8_t nowhere = 0;
+  for (int64_t block = begin / kBlock; block * kBlock < end; ++block) {
+    const int64_t first = m.offsets[block], last = m.offsets[block + 1], base = block * kBlock;
+    if (first < 0 || last < first || last > m.fallbacks) return false;
+    int64_t k = first;
+    if (base >= begin && base + kBlock <= end) {
+      uint8_t* place = out + (base - begin) * kStride + kStride - 1;
+      if (k + 8 <= m.fallbacks) {  // the usual count is 3 to 8: eight writes without a branch
+        for (int j = 0; j < 8; ++j) {
+          uint8_t* target = k + j < last ? place + int64_t(m.positions[k + j]) * kStride : &nowhere;
+          *target = m.highs[k + j];
+        }
+        k += 8;
+      }
+      for (; k < last; ++k) place[int64_t(m.positions[k]) * kStride] = m.highs[k];
+      continue;
+    }
+    for (; k < last; ++k) {
+      const int64_t i = base + m.positions[k];
+      if (i >= begin && i < end) out[(i - begin) * kStride + kStride - 1] = m.highs[k];
+    }
+  }
+  return true;
+}
+
+inline float widen(uint16_t bits) {
+  const uint32_t word = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+
+// Neighbours first, then halves.
+inline float tree_sum(const float* p) {
+  float pair[16];
+  for (int i = 0; i < 16; ++i) pair[i] = p[2 * i] + p[2 * i + 1];
+  for (int width = 8; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) pair[i] += pair[i + width];
+  return pair[0];
+}
+
+// x [m, columns] (rows `stride` apart) and y [m, ...] (rows `ldy` apart).
+struct Product {
+  const float* x;
+  int64_t m, stride;
+  float* y;
+  int64_t ldy;
+};
+
+template <class Weight>
+void dot_portable(Weight weight, const Product& p, int64_t columns, float* y) {
+  for (int64_t t = 0; t < p.m; ++t) {
+    float sums[kLane] = {};
+    for (int64_t c = 0; c < columns; ++c) sums[c % kLane] += weight(c) * p.x[t * p.stride + c];
+    y[t * p.ldy] = tree_sum(sums);
+  }
+}
+
+}  // namespace zip

@@ -1,0 +1,73 @@
+"""Prompts in, text, pictures, videos or sounds out: batched generation over whole segments.
+
+Letters: F frames, H/W pixels, n audio samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ernie_elastic.data.grouping import Document, build_document
+from ernie_elastic.data.tokenise import Tokenizers, tokenise
+from ernie_elastic.errors import ConfigError
+from ernie_elastic.modeling.generation import GroupDecoder, RoutingSink, Sampling, layout_of
+from ernie_elastic.modeling.model import ErnieElasticForCausalLM
+from ernie_elastic.schema import Sample, Segment, SubModelSpec
+
+GenerationMode = Literal["text", "image", "video", "audio"]
+Answer = str | np.ndarray
+
+
+def answer(
+    model: ErnieElasticForCausalLM,
+    tokenizers: Tokenizers,
+    prompts: Sequence[Sequence[Segment]],
+    mode: GenerationMode,
+    sampling: Sampling | None = None,
+    submodel: SubModelSpec | None = None,
+    batch_size: int = 100,
+    routing_sink: RoutingSink | None = None,
+) -> list[Answer]:
+    """One answer per prompt: str, uint8 [H, W, 3], uint8 [F, H, W, 3] or float32 [n] in [-1, 1].
+
+    mode says what is generated. submodel runs a part of the model. routing_sink receives every router decision.
+    Raises ConfigError when the model has no head for the mode.
+    """
+    if mode not in ("text", "image", "video", "audio"):
+        raise ConfigError(f"generation mode {mode!r} is not one of text, image, video, audio")
+    if mode == "audio" and model.model.audio is None:
+        raise ConfigError("this model has no audio heads (they were dropped at extraction); choose another mode")
+    layout = layout_of(model.config)
+    opener = {"text": None, "image": layout.boi, "video": layout.bov, "audio": layout.boa}[mode]
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        samples = [Sample(f"prompt/{start + i}", mode, tuple(segments)) for i, segments in enumerate(part)]
+        documents = [build_document(parts, layout, opener=opener) for parts in tokenise(samples, tokenizers)]
+        decoder = GroupDecoder(model, layout, submodel, sampling or Sampling(), routing_sink)
+        answers += _decode(decoder, documents, tokenizers, mode)
+    return answers
+
+
+def _decode(
+    decoder: GroupDecoder, documents: list[Document], tokenizers: Tokenizers, mode: GenerationMode
+) -> list[Answer]:
+    decoder.prefill(documents)
+    if mode == "text":
+        return [tokenizers.text.decode(ids) for ids in decoder.decode_text()]
+    if mode == "audio":
+        return [
+            np.asarray(tokenizers.audio.decode(codes.cpu())) if len(codes) else np.zeros(0, dtype=np.float32)
+            for codes in decoder.decode_audio()
+        ]
+    totals = decoder.decode_visual(mode == "video")
+    with torch.inference_mode():
+        pixels = tokenizers.visual.decode(torch.cat(totals).cpu().float()).numpy()
+    if mode == "image":
+        return list(pixels)
+    ends = np.cumsum([len(total) for total in totals])
+    return [pixels[end - len(total) : end] for end, total in zip(ends, totals, strict=True)]

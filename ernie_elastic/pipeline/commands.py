@@ -1,0 +1,283 @@
+"""What each subcommand does: a thin function that calls one public function. Heavy imports wait inside.
+
+The signatures are the command line: positional-only arguments first, options after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ernie_elastic.errors import ConfigError
+from ernie_elastic.stages import say
+
+Source = Annotated[Path | None, tyro.conf.Positional]
+Directory = Annotated[Path, tyro.conf.Positional]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+def demo(*, size: Literal["full", "smoke"] = "full", run_dir: Path | None = None, ranks: int = 2, seed: int = 0) -> None:
+    """Run the whole pipeline on the embedded world.
+
+    Args:
+        size: full takes about ten minutes on two cores; smoke shows the way in one or two.
+        run_dir: where the run lives (default: runs/demo, or runs/smoke).
+        ranks: processes to train with.
+        seed: of tokenizers, data and training.
+    """
+    from ernie_elastic.pipeline.demo import run_demo
+
+    run_demo(size, run_dir, ranks, seed)
+
+
+def train_tokenizer(
+    kind: Annotated[Literal["text", "visual", "audio"], tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    size: Literal["full", "smoke"] = "full",
+    seed: int = 0,
+    overwrite: Flag = False,
+) -> None:
+    """Train one tokenizer on the embedded world.
+
+    Args:
+        kind: text (byte-level BPE), visual (multi-scale bits) or audio (residual codebooks).
+        out: directory to write.
+        size: full, or smoke for a quick look.
+        seed: of the world and the training.
+        overwrite: replace `out` if it exists.
+    """
+    import dataclasses
+
+    from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
+    from ernie_elastic.training.train_tokenizer import train_tokenizer as train
+
+    config = TokenizerTrainingConfig.smoke() if size == "smoke" else TokenizerTrainingConfig()
+    train(kind, out, dataclasses.replace(config, seed=seed), overwrite=overwrite)
+
+
+def prepare_data(
+    *,
+    tokenizers: Path,
+    out: Path,
+    num_records: int = 20000,
+    row_length: int = 256,
+    seed: int = 0,
+    num_workers: int = 2,
+    overwrite: Flag = False,
+) -> None:
+    """Tokenise and pack records of the embedded world.
+
+    Args:
+        tokenizers: directory that holds text/, visual/ and audio/.
+        out: directory to write.
+        num_records: documents of the training split.
+        row_length: positions of a packed row.
+        seed: of the records.
+        num_workers: processes.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.data.prepare import PrepareConfig
+    from ernie_elastic.data.prepare import prepare_data as prepare
+    from ernie_elastic.data.tokenise import Tokenizers
+    from ernie_elastic.modeling.generation import layout_of
+    from ernie_elastic.modeling.sizes import ModelSizes
+
+    config = PrepareConfig(num_records=num_records, row_length=row_length, seed=seed, num_workers=num_workers)
+    layout = layout_of(ModelSizes().to_config(Tokenizers.load(tokenizers)))
+    prepare(tokenizers, out, config, layout, overwrite=overwrite)
+
+
+def pretrain(run: Any) -> None:
+    """Train (or go on with) a preset, making the tokenizers and packed data that it lacks."""
+    from ernie_elastic.pipeline.pretrain import run_pretrain
+
+    run_pretrain(*run)
+
+
+def _parse_pretrain(prog: str, arguments: list[str]) -> Callable[[], None]:
+    from ernie_elastic.pipeline.pretrain import parse_run
+
+    run = parse_run(prog, arguments)
+    return lambda: pretrain(run)
+
+
+pretrain.parse = _parse_pretrain  # type: ignore[attr-defined]  # presets with nested overrides parse on their own
+
+
+def extract(
+    source: Source = None,
+    /,
+    *,
+    out: Path,
+    depth: int | None = None,
+    experts: int | None = None,
+    topk: int | None = None,
+    layers: tuple[int, ...] | None = None,
+    layer_policy: Literal["uniform", "prefix", "random"] = "uniform",
+    expert_policy: Literal["mass", "random", "first"] = "mass",
+    data: Path | None = None,
+    budget: str | None = None,
+    drop_modality: Literal["audio"] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    seed: int = 0,
+    overwrite: Flag = False,
+) -> None:
+    """Cut a smaller model out of an elastic one; omitted sizes mean full.
+
+    Args:
+        source: a run, a checkpoint step or a sub-model (default: the newest run).
+        out: directory to write.
+        depth: layers to keep, evenly spaced among those that may be dropped.
+        experts: experts to keep in every layer.
+        topk: experts per token.
+        layers: the very layers to keep, instead of depth.
+        layer_policy: which layers depth keeps.
+        expert_policy: mass keeps the experts that were routed most.
+        data: packed shards to measure expert importance (and, with a budget, losses) on.
+        budget: weight bytes such as 4GiB or 800KiB; searches the measured Pareto front instead of depth and experts.
+        drop_modality: audio removes the audio heads and frees their layers.
+        dtype: of the stored weights.
+        seed: of the random policies.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.elastic.extract import Request, extract_submodel
+    from ernie_elastic.elastic.search import extract_within_budget
+
+    request = Request(depth, experts, topk, layers, layer_policy, expert_policy, seed, drop_modality == "audio")
+    if budget is None:
+        extract_submodel(source, out, request, data, dtype, overwrite)
+    elif depth is not None or experts is not None or layers is not None:
+        raise ConfigError("--budget chooses depth and experts itself; leave out --depth, --experts and --layers")
+    else:
+        extract_within_budget(source, out, budget, request, data, dtype, overwrite)
+
+
+def compress(
+    source: Directory,
+    /,
+    *,
+    out: Path,
+    layout: Literal["dense_plane", "tca_tbe"] = "dense_plane",
+    overwrite: Flag = False,
+) -> None:
+    """Compress a Hugging Face directory with BF16 weights; every tensor is decoded and compared before success.
+
+    Args:
+        source: the directory (a run or a checkpoint step means its model).
+        out: directory to write.
+        layout: stored layout.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.compression.directory import compress_directory
+    from ernie_elastic.modeling.loading import resolve_model_dir
+
+    compress_directory(resolve_model_dir(source), out, layout=layout, overwrite=overwrite)
+
+
+def decompress(source: Directory, /, *, out: Path, overwrite: Flag = False) -> None:
+    """Restore the identical files of a compressed directory.
+
+    Args:
+        source: a directory that `compress` wrote.
+        out: directory to write.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.compression.directory import decompress_directory
+
+    decompress_directory(source, out, overwrite=overwrite)
+
+
+def info(source: Directory, /) -> None:
+    """Print what a compressed directory holds, per tensor.
+
+    Args:
+        source: a directory that `compress` wrote.
+    """
+    from ernie_elastic.compression.directory import print_info
+
+    print_info(source)
+
+
+def generate(
+    source: Source = None,
+    /,
+    *,
+    prompt: str | None = None,
+    image: Path | None = None,
+    video: Path | None = None,
+    audio: Path | None = None,
+    to: Literal["text", "image", "video", "audio"] = "text",
+    out: Path | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+) -> None:
+    """Generate text, an image, a video or a sound from a prompt and media.
+
+    Args:
+        source: a run, a step, a sub-model or a compressed directory (default: the newest run).
+        prompt: text of the prompt.
+        image: a picture to read.
+        video: frames side by side in one picture, or an animated GIF, or a video file.
+        audio: a sound file to read.
+        to: what to generate.
+        out: file for media (.png, .gif, .wav).
+        temperature: 0 takes the likeliest choice.
+        seed: of the draws.
+        max_new_tokens: limit of the answer's text.
+    """
+    from ernie_elastic.pipeline.generate import run_generate
+
+    media = {"image": image, "video": video, "audio": audio}
+    run_generate(source, prompt, {k: v for k, v in media.items() if v is not None}, to, out, temperature, seed,
+                 max_new_tokens)
+
+
+def evaluate(source: Source = None, /, *, out: Path, num_samples: int = 200, seed: int = 0, overwrite: Flag = False) -> None:
+    """Score a model on held-out records of the embedded world, every accuracy beside its chance level.
+
+    Args:
+        source: a run, a step, a sub-model or a compressed directory (default: the newest run).
+        out: directory to write.
+        num_samples: records per task.
+        seed: of the records.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.pipeline.evaluate import run_evaluate
+
+    run_evaluate(source, out, num_samples, seed, overwrite)
+
+
+def routing(
+    source: Source = None, /, *, out: Path, data: Path | None = None, num_rows: int = 64, overwrite: Flag = False
+) -> None:
+    """Show how experts are routed, per task and layer: index.html, figures, statistics.json.
+
+    Args:
+        source: a run, a step, a sub-model or a compressed directory (default: the newest run).
+        out: directory to write.
+        data: packed shards to route (default: the run's own).
+        num_rows: packed rows to route.
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.pipeline.routing import run_routing
+
+    run_routing(source, out, data, num_rows, overwrite)
+
+
+def doctor() -> None:
+    """Print what this machine can run, and why not."""
+    from ernie_elastic.pipeline.doctor import print_doctor
+
+    print_doctor()
+
+
+__all__ = [
+    "compress", "decompress", "demo", "doctor", "evaluate", "extract", "generate", "info", "prepare_data", "pretrain",
+    "routing", "say", "train_tokenizer",
+]

@@ -1,0 +1,163 @@
+"""Checkpoints of a run: `checkpoints/step-N/{model,optimizer}` and the pointer `latest`, moved last.
+
+`model` is a Transformers directory (BF16 safetensors, shim, tokenizers); `optimizer` is the engine's own state with
+fp32 masters, whose SHA-256 are compared before it is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.errors import CheckpointError
+from ernie_elastic.modeling import ErnieElasticForCausalLM
+from ernie_elastic.stages import (
+    directory_hash,
+    disk_error,
+    publish_directory,
+    read_manifest,
+    sha256_file,
+    write_atomic,
+    write_json,
+    write_manifest,
+)
+from ernie_elastic.training.balance import RoutingLedger
+from ernie_elastic.training.engine import Engine, barrier, rank
+
+log = logging.getLogger(__name__)
+MODEL_STAGE = "pretrain"
+LEDGER_FILE = "routed_mass.safetensors"
+STATE_FILE = "trainer_state.json"
+
+
+def export_model(
+    model: ErnieElasticForCausalLM, directory: Path, tokenizers: Tokenizers | None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a Transformers directory with weights rounded to `dtype` (the balance bias stays fp32)."""
+    config = copy.deepcopy(model.config)
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            state[name] = tensor.detach().to("cpu", torch.float32)
+    with torch.device("meta"):
+        skeleton = ErnieElasticForCausalLM(config).to(dtype)
+    skeleton.load_state_dict(state, assign=True, strict=False)
+    skeleton.tie_weights()
+    skeleton.save_pretrained(directory)
+    if tokenizers is not None:
+        tokenizers.save(directory / "tokenizers")
+        tokenizers.text.hf.save_pretrained(directory)
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    engine: Engine,
+    ledger: RoutingLedger,
+    tokenizers: Tokenizers | None,
+    config: Any,
+    keep: int,
+) -> Path:
+    """Write `step-N` as a whole, then move `latest`. Every rank calls it; returns the directory.
+
+    Raises CheckpointError on a full disk; the checkpoints before stay as they are.
+    """
+    root = run_dir / "checkpoints"
+    final, temporary = root / f"step-{step}", root / f".step-{step}.tmp"
+    try:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
+        engine.save_state(temporary / "optimizer")
+        if rank() == 0:
+            _write_rank0(temporary, step, engine, ledger, tokenizers, config)
+            publish_directory(temporary, final)
+            write_atomic(root / "latest", f"step-{step}\n")
+            _remove_old(root, keep)
+        barrier()
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk_error(error, final) from error
+    return final
+
+
+def _write_rank0(
+    temporary: Path, step: int, engine: Engine, ledger: RoutingLedger, tokenizers: Tokenizers | None, config: Any
+) -> None:
+    optimizer = temporary / "optimizer"
+    save_file({"mass_LE": ledger.mass_LE}, optimizer / LEDGER_FILE)
+    write_json(optimizer / STATE_FILE, {"step": step})
+    table = {
+        str(file.relative_to(optimizer)): sha256_file(file) for file in sorted(optimizer.rglob("*")) if file.is_file()
+    }
+    write_json(optimizer / "checksums.json", table)
+    model_dir = temporary / "model"
+    export_model(engine.model, model_dir, tokenizers)
+    save_file({"mass_LE": ledger.mass_LE}, model_dir / LEDGER_FILE)
+    write_manifest(model_dir, MODEL_STAGE, config, extra={"step": step})
+
+
+def _remove_old(root: Path, keep: int) -> None:
+    for step in list_steps(root)[: -max(1, keep)]:
+        shutil.rmtree(root / f"step-{step}", ignore_errors=True)
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of the finished checkpoints below `root`, increasing."""
+    return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that `latest` names; None for a run without one. A damaged one falls back to the one before."""
+    root = run_dir / "checkpoints"
+    if not (root / "latest").exists():
+        return None
+    named = (root / "latest").read_text().strip()
+    candidates = [named, *(f"step-{step}" for step in reversed(list_steps(root)))]
+    for name in dict.fromkeys(candidates):
+        if (problem := checkpoint_problem(root / name)) is None:
+            return root / name
+        log.warning("checkpoint %s is damaged (%s); trying the one before", root / name, problem)
+    raise CheckpointError(f"{root} holds no undamaged checkpoint; start the run anew with --overwrite")
+
+
+def checkpoint_problem(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    import json
+
+    try:
+        read_manifest(directory / "model", (MODEL_STAGE,))
+        table = json.loads((directory / "optimizer" / "checksums.json").read_text())
+    except (CheckpointError, OSError, ValueError) as error:
+        return str(error)
+    for name, digest in table.items():
+        path = directory / "optimizer" / name
+        if not path.is_file() or sha256_file(path) != digest:
+            return f"optimizer/{name} is missing or its SHA-256 is not the recorded one"
+    return None
+
+
+def load_checkpoint(directory: Path, engine: Engine, ledger: RoutingLedger) -> int:
+    """Load a checked checkpoint into the engine and the ledger; returns the number of finished steps."""
+    import json
+
+    engine.load_state(directory / "optimizer")
+    ledger.mass_LE.copy_(load_file(directory / "optimizer" / LEDGER_FILE)["mass_LE"])
+    return int(json.loads((directory / "optimizer" / STATE_FILE).read_text())["step"])
+
+
+__all__ = [
+    "MODEL_STAGE", "checkpoint_problem", "directory_hash", "export_model", "latest_checkpoint", "list_steps",
+    "load_checkpoint", "save_checkpoint",
+]

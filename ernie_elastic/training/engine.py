@@ -1,0 +1,277 @@
+"""The engines behind one interface: DeepSpeed (the only place that imports it) and plain torch.
+
+Both take a step over micro-batches of (PackedBatch, SubModelSpec), average gradients over ranks, clip, and step AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ernie_elastic.errors import CheckpointError, ConfigError
+from ernie_elastic.modeling import ErnieElasticForCausalLM
+from ernie_elastic.modeling.losses import modality_sums
+from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
+from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.losses import LossWeights, combine
+
+STATE_TAG = "state"
+
+
+@dataclass
+class MicroResult:
+    """Outcome of one micro-batch: loss sums and counts over all ranks, float32 [4]; this rank's routing."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+    routing: list[RouterOutput]
+    layers: tuple[int, ...]
+
+
+class LossModule(nn.Module):
+    """Model plus loss, as one module that an engine can wrap."""
+
+    def __init__(self, model: ErnieElasticForCausalLM, weights: LossWeights, world_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.weights, self.world_size = weights, world_size
+
+    def forward(self, batch: PackedBatch, spec: SubModelSpec) -> tuple[torch.Tensor, MicroResult]:
+        """The loss to differentiate, and what to log."""
+        output = self.model.forward_packed(batch, submodel=spec)
+        sums, counts = modality_sums(output, batch)
+        loss, sums, counts = combine(sums, counts, self.weights, all_reduce_sum, self.world_size)
+        return loss, MicroResult(sums, counts, output.routing, output.layers)
+
+
+def rank() -> int:
+    """Rank of this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; the tensor itself without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only; norms, biases and embeddings are left alone (ours: the field's habit)."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() >= 2 and "embed" not in name and "position" not in name
+        (decay if matrix else plain).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def deepspeed_config(training: TrainingConfig, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run; a pure function. Clipping is always named, since its default is not 0."""
+    micro_rows = training.rows_per_step // (ranks * training.micro_batches)
+    if micro_rows < 1 or micro_rows * ranks * training.micro_batches != training.rows_per_step:
+        raise ConfigError(
+            f"training: rows_per_step {training.rows_per_step} is no multiple of {ranks} ranks x "
+            f"{training.micro_batches} micro-batches; change --training.rows-per-step"
+        )
+    return {
+        "train_batch_size": training.rows_per_step,
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": training.micro_batches,
+        "gradient_clipping": training.gradient_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine(ABC):
+    """What the loop needs of an engine."""
+
+    model: ErnieElasticForCausalLM
+    device: torch.device
+
+    @abstractmethod
+    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
+        """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping."""
+
+    @abstractmethod
+    def save_state(self, directory: Path) -> None:
+        """Write parameters (fp32 masters) and optimizer state; every rank calls it."""
+
+    @abstractmethod
+    def load_state(self, directory: Path) -> None:
+        """Read what `save_state` wrote; every rank calls it."""
+
+
+class TorchEngine(Engine):
+    """Plain torch: gradients are averaged in one flat all-reduce, AdamW steps on every rank."""
+
+    def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
+        ranks = world_size()
+        deepspeed_config(training, ranks)  # the same check of the batch sizes
+        if ranks > 1 and not dist.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=training.step_limit_s))
+        self.device = _device()
+        self.model = model.to(self.device).train()
+        self.module = LossModule(self.model, training.loss_weights, ranks)
+        self.training, self.ranks = training, ranks
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
+            betas=(training.beta1, training.beta2), foreach=True,
+        )
+
+    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
+        results = []
+        for batch in batches:
+            loss, result = self.module(batch.to(self.device), spec)
+            (loss / len(batches)).backward()
+            results.append(result)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.ranks > 1:
+            flat = torch.cat([p.grad.reshape(-1) for p in parameters]) / self.ranks
+            dist.all_reduce(flat)
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+        norm = nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return results, float(norm)
+
+    def save_state(self, directory: Path) -> None:
+        if rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, directory / "torch_engine.pt")
+        barrier()
+
+    def load_state(self, directory: Path) -> None:
+        path = directory / "torch_engine.pt"
+        if not path.exists():
+            raise CheckpointError(f"{directory} was not written by the torch engine; pass --training.engine deepspeed")
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed with torch's AdamW under ZeRO 0 to 2."""
+
+    def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
+        deepspeed = _import_deepspeed()
+        ranks = world_size()
+        config = deepspeed_config(training, ranks)
+        if not dist.is_initialized():
+            _default_launcher_environment()
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            deepspeed.init_distributed(
+                dist_backend=backend, timeout=timedelta(seconds=training.step_limit_s), verbose=False
+            )
+        module = LossModule(model, training.loss_weights, ranks)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
+            betas=(training.beta1, training.beta2), foreach=True,
+        )
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.engine.train()
+        self.device, self.model = self.engine.device, model
+
+    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
+        results = []
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        for batch in batches:
+            loss, result = self.engine(batch.to(self.device), spec)
+            self.engine.backward(loss)
+            self.engine.step()
+            results.append(result)
+        return results, float(self.engine.get_global_grad_norm() or 0.0)
+
+    def save_state(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag=STATE_TAG)
+        barrier()
+
+    def load_state(self, directory: Path) -> None:
+        if not (directory / STATE_TAG).is_dir():
+            raise CheckpointError(f"{directory} was not written by the deepspeed engine; pass --training.engine torch")
+        path, _ = self.engine.load_checkpoint(str(directory), tag=STATE_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed could not read {directory / STATE_TAG}; resume from another step")
+
+
+def make_engine(model: ErnieElasticForCausalLM, training: TrainingConfig) -> Engine:
+    """The engine that the configuration names; raises ConfigError when DeepSpeed is asked for and missing."""
+    return TorchEngine(model, training) if training.engine == "torch" else DeepSpeedEngine(model, training)
+
+
+def shut_down() -> None:
+    """Leave together: without the barrier one rank may end first and the launcher reports a failure."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _default_launcher_environment() -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "29511")):
+        os.environ.setdefault(name, value)
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            f"training: DeepSpeed cannot be imported ({error}); install it or pass --training.engine torch"
+        ) from error
+    # Its shared-memory all-reduce is compiled at start (36 s, needs a compiler); gloo serves a CPU as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

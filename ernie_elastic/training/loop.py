@@ -1,0 +1,240 @@
+"""The pre-training loop: one elastic spec per step, all modalities in one run, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernie_elastic.data.loader import PackedLoader
+from ernie_elastic.data.prepare import STAGE as PACKED_STAGE
+from ernie_elastic.data.shards import PackedCorpus
+from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.elastic.sampler import sample_spec
+from ernie_elastic.elastic.space import ElasticConfig, check_space
+from ernie_elastic.errors import CheckpointError, ConfigError
+from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
+from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.losses import MODALITIES
+from ernie_elastic.schema import SubModelSpec
+from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_jsonable, write_json
+from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
+from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.engine import (
+    Engine,
+    MicroResult,
+    all_reduce_sum,
+    barrier,
+    make_engine,
+    rank,
+    seed_everything,
+    shut_down,
+    world_size,
+)
+from ernie_elastic.training.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+
+
+def pretrain(
+    run_dir: Path,
+    model_config: Callable[[Tokenizers], ErnieElasticConfig],
+    training: TrainingConfig,
+    elastic: ElasticConfig,
+    tokenizers_dir: Path,
+    packed_dir: Path,
+    preset: str = "custom",
+) -> Path:
+    """Train (or go on with) the run in `run_dir`; every rank calls it. Returns the last checkpoint.
+
+    model_config makes the model's config of the tokenizers. A run that exists resumes when its configuration is the
+    same, up to the number of steps; otherwise ConfigError names the difference.
+    """
+    tokenizers = Tokenizers.load(tokenizers_dir)
+    packed = read_manifest(packed_dir, (PACKED_STAGE,))
+    config = model_config(tokenizers)
+    check_space(config)
+    resolved = {
+        "preset": preset, "model": config.to_dict(), "training": training, "elastic": elastic,
+        "packed": packed.fingerprint,
+    }
+    _check_same_run(run_dir, resolved)
+    seed_everything(training.seed)
+    model = ErnieElasticForCausalLM(config)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    engine = make_engine(model, training)
+    try:
+        return _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved).train(packed.config)
+    finally:
+        shut_down()
+
+
+def _check_same_run(run_dir: Path, resolved: dict[str, Any]) -> None:
+    path = run_dir / RUN_FILE
+    new = _comparable(to_jsonable(resolved))
+    if path.exists():
+        import json
+
+        old = _comparable(json.loads(path.read_text()))
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{run_dir} was started with {key} = {old.get(key)!r}, now {new.get(key)!r}; choose another --run-dir, "
+                "or remove the old run"
+            )
+    elif rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**resolved, "fingerprint": fingerprint(resolved)})
+
+
+def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat dotted keys of what must not change between start and resume."""
+    free = {
+        "fingerprint", "training.steps", "training.checkpoint_every", "training.keep_checkpoints",
+        "training.log_every", "training.wandb", "training.step_limit_s", "model.transformers_version",
+    }
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if name in free:
+            continue
+        if isinstance(item, dict):
+            flat.update(_comparable(item, f"{name}."))
+        else:
+            flat[name] = item
+    return flat
+
+
+class _Run:
+    """One run on one rank."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        training: TrainingConfig,
+        elastic: ElasticConfig,
+        tokenizers: Tokenizers,
+        packed_dir: Path,
+        resolved: dict[str, Any],
+    ) -> None:
+        self.run_dir, self.engine, self.training, self.elastic = run_dir, engine, training, elastic
+        self.tokenizers, self.packed_dir, self.resolved = tokenizers, packed_dir, resolved
+        self.config = engine.model.config
+        self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
+
+    def train(self, packed_config: dict[str, Any]) -> Path:
+        start, checkpoint = 0, latest_checkpoint(self.run_dir)
+        if checkpoint is not None:
+            start = load_checkpoint(checkpoint, self.engine, self.ledger)
+            say(f"pretrain: going on from {checkpoint}")
+        if start >= self.training.steps and checkpoint is not None:
+            say(f"pretrain: {checkpoint} has all {self.training.steps} steps; nothing to do")
+            return checkpoint
+        self._print_setup()
+        loader = PackedLoader(
+            PackedCorpus(self.packed_dir), layout_of(self.config), self.training.rows_per_step,
+            int(packed_config["row_length"]), self.training.seed, self.training.flips, rank(), world_size(),
+            self.training.micro_batches,
+        )
+        writer = self._writer(start)
+        try:
+            with progress(total=self.training.steps, desc="pretrain", unit="step", initial=start) as bar:
+                for step, batches in loader.steps(start, self.training.steps):
+                    record = self.step(step, batches)
+                    if writer is not None:
+                        writer.write(record)
+                    bar.set_postfix_str(_short(record), refresh=False)
+                    bar.update()
+                    done, every = step + 1, self.training.checkpoint_every
+                    if done == self.training.steps or (every and done % every == 0):
+                        checkpoint = self._save(done)
+        finally:
+            if writer is not None:
+                writer.close()
+        if checkpoint is None:
+            raise CheckpointError(f"{self.run_dir}: no checkpoint was written in {self.training.steps} steps")
+        say(f"pretrain: wrote {checkpoint}")
+        return checkpoint
+
+    def _writer(self, start: int) -> MetricsWriter | None:
+        if rank() != 0:
+            return None
+        return MetricsWriter(self.run_dir / "metrics.jsonl", start, self.training.wandb, self.run_dir.name)
+
+    def _save(self, step: int) -> Path:
+        return save_checkpoint(
+            self.run_dir, step, self.engine, self.ledger, self.tokenizers, self.resolved, self.training.keep_checkpoints
+        )
+
+    def step(self, step: int, batches: list[Any]) -> dict[str, Any]:
+        """One optimizer step and its record."""
+        begun = time.perf_counter()
+        spec = sample_spec(self.elastic, self.config, self.training.seed, step)
+        lr = self.training.learning_rate * self.training.schedule.factor(step, self.training.steps)
+        results, norm = self.engine.train_step(batches, spec, lr)
+        for result in results:
+            self.ledger.add(result.routing, result.layers)
+        counts = self.ledger.finish_step(all_reduce_sum, spec == self.config.full_spec())
+        update_bias(self.engine.model, counts, spec, self.training.bias_speed)
+        positions = all_reduce_sum(torch.tensor(float(sum(batch.num_positions for batch in batches))))
+        return self._record(step, spec, lr, norm, results, counts, float(positions), time.perf_counter() - begun)
+
+    def _record(
+        self,
+        step: int,
+        spec: SubModelSpec,
+        lr: float,
+        norm: float,
+        results: list[MicroResult],
+        counts: torch.Tensor,
+        positions: float,
+        seconds: float,
+    ) -> dict[str, Any]:
+        sums = torch.stack([result.sums for result in results]).sum(0)
+        weights = torch.stack([result.counts for result in results]).sum(0)
+        losses = {
+            name: float(sums[i] / weights[i]) for i, name in enumerate(MODALITIES) if float(weights[i]) > 0
+        }
+        total = sum(value * getattr(self.training.loss_weights, name) for name, value in losses.items())
+        bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in self.engine.model.model.layers])
+        return {
+            "step": step, "loss": total, "losses": losses, "lr": lr, "grad_norm": norm,
+            "tokens_per_s": positions / seconds, "positions": int(positions), "seconds": seconds,
+            "load_max_over_mean": load_max_over_mean(counts, spec),
+            "dead_experts": int((counts[list(spec.layers)] == 0).sum()) if spec == self.config.full_spec() else None,
+            "bias_range": float(bias.max() - bias.min()),
+            "spec": {
+                "label": spec.label(), "num_layers": len(spec.layers), "num_experts": spec.num_experts,
+                "top_k": spec.top_k, "layers": list(spec.layers),
+            },
+        }
+
+    def _print_setup(self) -> None:
+        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        elastic = self.elastic
+        say(
+            f"pretrain: {self.run_dir} | engine {self.training.engine}, ZeRO {self.training.zero_stage}, "
+            f"{world_size()} rank(s) on {self.engine.device}, fp32 | {parameters:,} parameters, "
+            f"{self.config.num_hidden_layers} layers, {self.config.num_experts} experts, top-"
+            f"{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
+            f"{self.config._experts_implementation} | elastic "
+            + (f"full depth/width/sparsity {elastic.full_depth:.0%}/{elastic.full_width:.0%}/{elastic.full_sparsity:.0%}"
+               if elastic.enabled else "off")
+        )
+
+
+def _short(record: dict[str, Any]) -> str:
+    losses = " ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
+    return f"{losses} | {record['spec']['label']} | {record['tokens_per_s']:.0f} tok/s"
+
+
+__all__ = ["barrier", "pretrain"]

@@ -1,0 +1,77 @@
+"""What holds for every test: seeds, one torch thread, no hub access, and how much stress is asked for.
+
+`make test` runs sampled counts and leaves `slow` tests out. `--full` or STRESS=full (`make test-all`) runs everything:
+more Hypothesis examples, larger `stress` counts, `slow` tests included. Tests marked `gpu` are skipped without a CUDA
+device; the same files run with real dtypes where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Both must be set before the package, transformers or triton are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's decorator reads it when a kernel module is imported
+
+SEED = 0
+FULL_MULTIPLIER = 20
+
+hypothesis.settings.register_profile("sampled", max_examples=20, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("full", max_examples=400, deadline=None, derandomize=True, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--full` is the flag form of STRESS=full."""
+    parser.addoption("--full", action="store_true", default=False, help="full counts and slow tests (STRESS=full)")
+
+
+def is_full(config: pytest.Config) -> bool:
+    """True when full counts were asked for, by flag or by STRESS=full. STRESS may hold "full", "sampled" or nothing."""
+    stress = os.environ.get("STRESS", "")
+    if stress not in ("", "sampled", "full"):
+        raise pytest.UsageError(f"STRESS is {stress!r}; it may be 'full', 'sampled' or unset")
+    return bool(config.getoption("--full")) or stress == "full"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the Hypothesis profile and keep torch to one thread per test process."""
+    hypothesis.settings.load_profile("full" if is_full(config) else "sampled")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out of a sampled run (unless `-m` or a test id asks for them), skip gpu tests without a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    asked_by_name = any("::" in argument for argument in config.args)
+    if is_full(config) or config.getoption("-m") or asked_by_name:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True)
+def _seed_everything() -> None:
+    """Each test starts from the same random state, whatever ran before it in its process."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def stress(pytestconfig: pytest.Config) -> int:
+    """Multiplier for the counts of loops: 1 in a sampled run, FULL_MULTIPLIER in a full one."""
+    return FULL_MULTIPLIER if is_full(pytestconfig) else 1

@@ -1,0 +1,45 @@
+"""The Triton kernels compile for GPUs that are not here, and use their tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytest.importorskip("triton")
+SHARED_LIMIT = 99 * 1024  # what a block may use on the smallest of these chips
+
+
+def compiled(*arguments: str) -> list[dict[str, object]]:
+    """Run compile_offline in a process of its own: interpreted and compiled kernels cannot live in one."""
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_offline", *arguments],
+        cwd=ROOT, env=variables, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def check(found: list[dict[str, object]], kernels: set[str]) -> None:
+    """Every kernel for every architecture, within the shared memory of a block; products on tensor cores."""
+    assert {(item["kernel"], item["arch"]) for item in found} == {(k, a) for k in kernels for a in (80, 89, 90, 120)}
+    for item in found:
+        assert isinstance(item["cubin_bytes"], int) and item["cubin_bytes"] > 1000
+        assert isinstance(item["shared_bytes"], int) and item["shared_bytes"] <= SHARED_LIMIT
+        assert item["has_mma"] == ("gemm" in str(item["kernel"]))
+
+
+def test_kernels_compile_for_every_architecture() -> None:
+    check(compiled(), {"tbe_decode", "zip_gemm_b16"})
+
+
+@pytest.mark.slow
+def test_all_variants_compile_for_every_architecture() -> None:
+    names = {"tbe_decode", "zip_gemm_b16", "zip_gemm_b64", "bf16_gemm_b16", "bf16_gemm_b64"}
+    check(compiled("--all"), names)

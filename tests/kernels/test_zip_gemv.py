@@ -1,0 +1,237 @@
+"""zip_gemv: lossless for every pattern and shape on every back end and instruction set; products as the plain twin."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ernie_elastic.errors import ConfigError, FormatError
+from ernie_elastic.kernels import zip_gemv
+from ernie_elastic.kernels.native import NativeLibrary
+from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
+from tests.kernels.compare import any_words, gaussian, same_bits, same_values
+
+NATIVE = "native" in zip_gemv.available_backends()
+LEVELS = range(cpu_impl.load().library.zip_level() + 1) if NATIVE else range(0)
+needs_native = pytest.mark.skipif(not NATIVE, reason=zip_gemv.backend_reason())
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 8), (65, 37), (64, 128), (100, 72), (17, 31), (33, 256), (5, 4099), (2, 9000)]
+
+
+def each_way(packed: zip_gemv.PackedMatrix) -> Iterator[str]:
+    """Back ends to test: "reference", then "native" prepared for each instruction set of this machine."""
+    yield "reference"
+    for level in LEVELS:
+        packed.prepared.clear()
+        cpu_impl.prepare(packed, level)
+        yield "native"
+
+
+def check_lossless(weight_RC: Tensor) -> None:
+    """Whole matrix, a range of rows and named rows, in both dtypes, on every back end."""
+    packed = zip_gemv.pack(weight_RC)
+    rows = weight_RC.shape[0]
+    first, last = rows // 3, rows - rows // 4
+    which = torch.arange(2 * rows, 0, -3) % rows
+    for backend in each_way(packed):
+        for dtype in (torch.bfloat16, torch.float32):
+            expected_RC = weight_RC.to(dtype)
+            assert same_bits(zip_gemv.unpack(packed, dtype, backend), expected_RC)
+            part_RC = zip_gemv.unpack(packed, dtype, backend, start=first, stop=last)
+            assert same_bits(part_RC, expected_RC[first:last])
+            assert same_bits(zip_gemv.unpack_rows(packed, which, dtype, backend), expected_RC[which])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (64, 1024), (2048, 32), (16, 4096)])
+def test_every_pattern_survives(all_patterns: Tensor, shape: tuple[int, int]) -> None:
+    check_lossless(all_patterns.reshape(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("make", [gaussian, any_words])
+def test_every_shape_survives(make: Callable[..., Tensor], shape: tuple[int, int]) -> None:
+    check_lossless(make(*shape))
+
+
+@given(st.integers(1, 70), st.integers(1, 600), st.integers(0, 10**6), st.booleans())
+def test_random_matrices_survive(rows: int, columns: int, seed: int, trained: bool) -> None:
+    check_lossless((gaussian if trained else any_words)(rows, columns, seed=seed))
+
+
+def test_strided_weight_is_packed_in_row_order() -> None:
+    weight_CR = gaussian(40, 24)
+    assert same_bits(zip_gemv.unpack(zip_gemv.pack(weight_CR.T)), weight_CR.T.contiguous())
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 128), (100, 72), (65, 37)], ids=str)
+def test_small_matrices_stay_small(shape: tuple[int, int]) -> None:
+    packed = zip_gemv.pack(gaussian(*shape))
+    assert packed.bits_per_weight <= 11.7
+    assert packed.nbytes == sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors.values())
+
+
+def test_table_has_maximal_coverage() -> None:
+    weight_RC = gaussian(50, 40)
+    counts = torch.bincount(weight_RC.view(torch.uint8).reshape(-1, 2)[:, 1].int(), minlength=256)
+    expected = weight_RC.numel() - int(counts.sort(descending=True).values[:8].sum())
+    assert zip_gemv.pack(weight_RC).num_fallbacks == expected > 0
+
+
+@needs_native
+@pytest.mark.parametrize("make", [gaussian, any_words])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_have_the_bits_of_the_plain_twin(make: Callable[..., Tensor], shape: tuple[int, int]) -> None:
+    weight_RC = make(*shape)
+    packed = zip_gemv.pack(weight_RC)
+    x_MC = torch.randn(7, shape[1])
+    for level in LEVELS:
+        packed.prepared.clear()
+        cpu_impl.prepare(packed, level)
+        for count in range(1, 8):
+            y_MR = cpu_impl.matmul(x_MC[:count], packed)
+            assert same_values(y_MR, cpu_impl.bf16_matmul(x_MC[:count], weight_RC, level)), (level, count)
+    if make is gaussian:
+        exact_MR = x_MC.double() @ weight_RC.double().T
+        assert (y_MR.double() - exact_MR).abs().max() <= 1e-6 * (x_MC.norm() * weight_RC.float().norm())
+
+
+@needs_native
+def test_products_do_not_depend_on_batch_threads_or_vector_width() -> None:
+    weight_RC = gaussian(1030, 1031)
+    packed = zip_gemv.pack(weight_RC)
+    x_MC = torch.randn(6, 1031)
+    y_MR = zip_gemv.matmul(x_MC, packed, "native")
+    assert same_bits(torch.cat([zip_gemv.matmul(row[None], packed, "native") for row in x_MC]), y_MR)
+    assert same_bits(zip_gemv.matmul(x_MC, packed, "native", start=9, stop=500), y_MR[:, 9:500])
+    for level in LEVELS[1:]:
+        packed.prepared.clear()
+        cpu_impl.prepare(packed, level)
+        assert same_bits(cpu_impl.matmul(x_MC, packed), y_MR)
+    torch.set_num_threads(2)
+    try:
+        assert same_bits(zip_gemv.matmul(x_MC, packed, "native"), y_MR)
+        assert same_bits(zip_gemv.unpack(packed, torch.bfloat16, "native"), weight_RC)
+        which = torch.arange(1029, -1, -1)
+        assert same_bits(zip_gemv.unpack_rows(packed, which, torch.float32, "native"), weight_RC[which].float())
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, cpu_impl.FUSED_MAX_ROWS, cpu_impl.FUSED_MAX_ROWS + 1, 40])
+def test_product_is_right_for_any_number_of_rows(count: int) -> None:
+    weight_RC = gaussian(300, 700)
+    packed = zip_gemv.pack(weight_RC)
+    x_MC = torch.randn(count, 700)
+    for backend in zip_gemv.available_backends():
+        y_MR = zip_gemv.matmul(x_MC, packed, backend, start=1, stop=299)
+        torch.testing.assert_close(y_MR, x_MC @ weight_RC.float().T[:, 1:299], rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_large_decode_then_multiply_covers_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_impl, "DECODE_BLOCK_BYTES", 4 * 64 * 7)
+    weight_RC = gaussian(50, 64)
+    x_MC = torch.randn(cpu_impl.FUSED_MAX_ROWS + 1, 64)
+    y_MR = cpu_impl.matmul(x_MC, zip_gemv.pack(weight_RC), 3, 48)
+    torch.testing.assert_close(y_MR, x_MC @ weight_RC.float().T[:, 3:48], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", zip_gemv.available_backends())
+def test_out_is_written_and_checked(backend: zip_gemv.Backend) -> None:
+    weight_RC = gaussian(9, 20)
+    packed = zip_gemv.pack(weight_RC)
+    out_RC = torch.full((9, 20), torch.nan, dtype=torch.bfloat16)
+    assert zip_gemv.unpack(packed, torch.bfloat16, backend, out=out_RC) is out_RC
+    assert same_bits(out_RC, weight_RC)
+    for wrong in (out_RC.float(), out_RC[:8], torch.empty(20, 9, dtype=torch.bfloat16).T):
+        with pytest.raises(ConfigError, match="out is"):
+            zip_gemv.unpack(packed, torch.bfloat16, backend, out=wrong)
+
+
+@pytest.mark.parametrize("backend", zip_gemv.available_backends())
+def test_wrong_arguments_are_named(backend: zip_gemv.Backend) -> None:
+    packed = zip_gemv.pack(gaussian(4, 6))
+    with pytest.raises(ConfigError, match="dtype torch.float16"):
+        zip_gemv.unpack(packed, torch.float16, backend)
+    with pytest.raises(ConfigError, match=r"rows 2\.\.5"):
+        zip_gemv.unpack(packed, torch.bfloat16, backend, start=2, stop=5)
+    with pytest.raises(ConfigError, match=r"outside 0\.\.3"):
+        zip_gemv.unpack_rows(packed, torch.tensor([0, 4]), torch.bfloat16, backend)
+    with pytest.raises(ConfigError, match="outside"):
+        zip_gemv.unpack_rows(packed, torch.tensor([-1]), torch.bfloat16, backend)
+    for x_MC in (torch.zeros(2, 5), torch.zeros(6), torch.zeros(1, 6, dtype=torch.bfloat16)):
+        with pytest.raises(ConfigError, match=r"x is torch"):
+            zip_gemv.matmul(x_MC, packed, backend)
+    with pytest.raises(ConfigError, match="'fast' is not known"):
+        zip_gemv.unpack(packed, torch.bfloat16, "fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 3), torch.zeros(4, dtype=torch.bfloat16)])
+def test_pack_takes_bf16_matrices_only(weight: Tensor) -> None:
+    with pytest.raises(ConfigError, match="expected torch.bfloat16"):
+        zip_gemv.pack(weight)
+    with pytest.raises(ConfigError, match="below 1"):
+        zip_gemv.pack(torch.empty(0, 4, dtype=torch.bfloat16))
+
+
+def test_arrays_of_another_size_or_dtype_are_refused() -> None:
+    tensors = zip_gemv.pack(gaussian(40, 50)).tensors
+    for name, wrong in {
+        "low": tensors["low"][:-1],
+        "codes": tensors["codes"].int(),
+        "offsets": tensors["offsets"].long(),
+        "highs": tensors["highs"][:-1],
+    }.items():
+        with pytest.raises(FormatError, match="pack the matrix anew"):
+            zip_gemv.PackedMatrix((40, 50), {**tensors, name: wrong})
+    with pytest.raises(FormatError, match="table is nothing"):
+        zip_gemv.PackedMatrix((40, 50), {key: value for key, value in tensors.items() if key != "table"})
+
+
+@needs_native
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_damaged_offsets_are_refused_natively(value: int) -> None:
+    packed = zip_gemv.pack(gaussian(40, 50))
+    packed.tensors["offsets"][3] = value
+    with pytest.raises(FormatError, match="out of range"):
+        zip_gemv.unpack(packed, torch.bfloat16, "native")
+    with pytest.raises(FormatError, match="out of range"):
+        zip_gemv.matmul(torch.zeros(1, 50), packed, "native")
+
+
+def test_copies_and_pickles_carry_the_arrays_alone() -> None:
+    weight_RC = gaussian(12, 30)
+    packed = zip_gemv.pack(weight_RC)
+    zip_gemv.unpack(packed)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert not other.prepared
+        assert other.tensors["low"].data_ptr() != packed.tensors["low"].data_ptr()
+        assert same_bits(zip_gemv.unpack(other), weight_RC)
+
+
+def test_without_native_code_auto_takes_the_reference_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_impl, "load", lambda: NativeLibrary(None, "no C++ compiler: tested"))
+    zip_gemv._auto_is_native.cache_clear()
+    weight_RC = gaussian(5, 9)
+    packed = zip_gemv.pack(weight_RC)
+    try:
+        with caplog.at_level(logging.INFO, logger="ernie_elastic.kernels.zip_gemv"):
+            assert same_bits(zip_gemv.unpack(packed), weight_RC)
+            assert same_bits(zip_gemv.unpack(packed), weight_RC)
+        assert [record.getMessage() for record in caplog.records] == [
+            "zip_gemv: auto = reference (no C++ compiler: tested)"
+        ]
+        assert zip_gemv.available_backends() == ("reference",)
+        with pytest.raises(ConfigError, match="no C\\+\\+ compiler: tested"):
+            zip_gemv.matmul(torch.zeros(1, 9), packed, "native")
+    finally:
+        zip_gemv._auto_is_native.cache_clear()
