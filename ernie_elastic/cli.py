@@ -34,11 +34,17 @@ COMMANDS = {
 def usage() -> str:
     """The text of `ernie-elastic --help`."""
     lines = [f"  {name:16} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([
-        "usage: ernie-elastic COMMAND [options]", "",
-        "Train one elastic multimodal mixture of experts, cut smaller models out of it, compress them without loss.", "",
-        *lines, "", "Options of a command: ernie-elastic COMMAND --help",
-    ])
+    return "\n".join(
+        [
+            "usage: ernie-elastic COMMAND [options]",
+            "",
+            "Train one elastic multimodal mixture of experts, cut smaller models out of it, compress them without loss.",
+            "",
+            *lines,
+            "",
+            "Options of a command: ernie-elastic COMMAND --help",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        print(
-            f"ernie-elastic: error: {name!r} is not a command; choose one of {', '.join(COMMANDS)}", file=sys.stderr
-        )
+        print(f"ernie-elastic: error: {name!r} is not a command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(f"ernie-elastic {name}", COMMANDS[name][0], rest)
 

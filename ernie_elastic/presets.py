@@ -58,14 +58,18 @@ def debug() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/debug"),
         model=dataclasses.replace(
-            DEMO_MODEL, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-            moe_intermediate_size=16, num_experts=8, understanding_width=32,
+            DEMO_MODEL,
+            hidden_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            moe_intermediate_size=16,
+            num_experts=8,
+            understanding_width=32,
         ),
         tokenizers=TokenizerTrainingConfig.smoke(),
         prepare=PrepareConfig(num_records=400, records_per_shard=200),
-        training=TrainingConfig(
-            steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5),
-        ),
+        training=TrainingConfig(steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5)),
     )
 
 
@@ -74,8 +78,13 @@ def small() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/small"),
         model=ModelSizes(
-            hidden_size=256, num_attention_heads=8, num_key_value_heads=4, num_experts=64, moe_intermediate_size=128,
-            rope_theta=10_000.0, mrope_layout="interleaved",
+            hidden_size=256,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            num_experts=64,
+            moe_intermediate_size=128,
+            rope_theta=10_000.0,
+            mrope_layout="interleaved",
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=1024),
         training=TrainingConfig(steps=5000, rows_per_step=32, checkpoint_every=500),
@@ -87,12 +96,20 @@ def ablation_3b() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/ablation_3b"),
         model=ModelSizes(
-            hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16, head_dim=64,
-            moe_intermediate_size=1000, num_experts=64, num_experts_per_tok=8, understanding_width=256,
+            hidden_size=1024,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=64,
+            moe_intermediate_size=1000,
+            num_experts=64,
+            num_experts_per_tok=8,
+            understanding_width=256,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
-        training=TrainingConfig(steps=20_000, rows_per_step=64, learning_rate=1e-4, bias_speed=1e-4,
-                                schedule=Schedule(warmup_steps=2000)),
+        training=TrainingConfig(
+            steps=20_000, rows_per_step=64, learning_rate=1e-4, bias_speed=1e-4, schedule=Schedule(warmup_steps=2000)
+        ),
     )
 
 
@@ -101,12 +118,20 @@ def ultra_sparse() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/ultra_sparse"),
         model=ModelSizes(
-            hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=4, head_dim=128,
-            moe_intermediate_size=1024, num_experts=512, num_experts_per_tok=8, understanding_width=512,
+            hidden_size=2048,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            head_dim=128,
+            moe_intermediate_size=1024,
+            num_experts=512,
+            num_experts_per_tok=8,
+            understanding_width=512,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
-        training=TrainingConfig(steps=100_000, rows_per_step=256, learning_rate=1e-4, bias_speed=1e-4,
-                                schedule=Schedule(warmup_steps=2000)),
+        training=TrainingConfig(
+            steps=100_000, rows_per_step=256, learning_rate=1e-4, bias_speed=1e-4, schedule=Schedule(warmup_steps=2000)
+        ),
     )
 
 

@@ -146,7 +146,11 @@ class SubModelSpec:
                 f"sub-model spec: {len(self.experts_per_layer)} expert lists for {len(self.layers)} layers"
             )
         for layer, experts in zip(self.layers, self.experts_per_layer, strict=True):
-            if list(experts) != sorted(set(experts)) or not experts or not (0 <= experts[0] <= experts[-1] < num_experts):
+            if (
+                list(experts) != sorted(set(experts))
+                or not experts
+                or not (0 <= experts[0] <= experts[-1] < num_experts)
+            ):
                 raise ConfigError(
                     f"sub-model spec: experts {list(experts)} of layer {layer} must increase, be at least one, "
                     f"and lie in 0..{num_experts - 1}"

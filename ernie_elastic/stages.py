@@ -59,7 +59,11 @@ def git_commit() -> str:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -179,7 +183,9 @@ def read_manifest(directory: Path | str, stages: tuple[str, ...] = (), verify: b
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; expected the output of {' or '.join(stages) or 'a stage'}")
+        raise CheckpointError(
+            f"{directory} is not a directory; expected the output of {' or '.join(stages) or 'a stage'}"
+        )
     path = directory / MANIFEST_NAME
     if not path.exists():
         raise CheckpointError(
@@ -216,12 +222,22 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def progress(items: Any = None, *, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0) -> tqdm:
+def progress(
+    items: Any = None, *, total: int | None = None, desc: str = "", unit: str = "it", initial: int = 0
+) -> tqdm:
     """A progress bar with ETA on stderr, on rank 0, for work that takes more than two seconds."""
     live = sys.stderr.isatty()
     return tqdm(
-        items, total=total, desc=desc, unit=unit, initial=initial, delay=0 if live else 2, disable=not is_main_process(),
-        mininterval=0.2 if live else 5.0, dynamic_ncols=live, file=sys.stderr,
+        items,
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        delay=0 if live else 2,
+        disable=not is_main_process(),
+        mininterval=0.2 if live else 5.0,
+        dynamic_ncols=live,
+        file=sys.stderr,
     )
 
 

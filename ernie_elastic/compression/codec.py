@@ -59,12 +59,13 @@ def encode(weight: torch.Tensor, name: str = "", layout: str = DEFAULT_LAYOUT) -
     """
     check_byte_order()
     if weight.dtype != torch.bfloat16:
-        raise ConfigError(f"{name or 'tensor'}: dtype {weight.dtype}, only torch.bfloat16 is compressed; store it as it is")
+        raise ConfigError(f"{name or 'tensor'}: dtype {weight.dtype}, only torch.bfloat16 is compressed; leave it")
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is not known; choose {' or '.join(LAYOUTS)}")
     shape = tuple(weight.shape)
     matrices, rows, columns = matrix_view(shape)
-    words_ERC = weight.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16).reshape(matrices, rows, columns)
+    words_N = weight.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+    words_ERC = words_N.reshape(matrices, rows, columns)
     counts_E = [count_exponents(words_RC.reshape(-1)) for words_RC in words_ERC]
     first_E = np.array([best_window(counts) for counts in counts_E], dtype=np.uint8)
     total = np.sum(counts_E, axis=0)
@@ -142,7 +143,7 @@ def _decode_dense(reader: BodyReader, header: Header) -> npt.NDArray[np.uint16]:
     first_E = reader.take("u1", matrices)
     per_tile_ET = np.diff(ends, prepend=0).reshape(matrices, tiles)
     if per_tile_ET.size and (int(per_tile_ET.min()) < 0 or int(first_E.max()) > MAX_FIRST):
-        raise FormatError(f"{header.name!r}: tile ends decrease or a window lies above {MAX_FIRST}; the file is damaged")
+        raise FormatError(f"{header.name!r}: tile ends decrease or a window is above {MAX_FIRST}; the file is damaged")
     fallback_F = reader.take("u1", int(ends[-1]) if ends.size else 0)
     reader.end()
     if count % 8 and (planes_E3P[:, :, -1] >> (count % 8)).any():
@@ -156,7 +157,7 @@ def _decode_dense(reader: BodyReader, header: Header) -> npt.NDArray[np.uint16]:
             size = min(CHUNK, count - begin)
             at8, end8 = begin // 8, -(-(begin + size) // 8)
             bits = [np.unpackbits(planes_E3P[e, k, at8:end8], count=size, bitorder="little") for k in range(3)]
-            code_N = bits[0] | bits[1] << 1 | bits[2] << 2
+            code_N: Bytes = bits[0] | bits[1] << 1 | bits[2] << 2
             missing_F = np.flatnonzero(code_N == 0)
             found = np.bincount(missing_F // TILE, minlength=-(-size // TILE))
             expected = per_tile_ET[e, begin // TILE : begin // TILE + found.size]

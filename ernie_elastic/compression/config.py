@@ -20,13 +20,14 @@ from ernie_elastic.errors import ConfigError, FormatError
 
 MODEL_TYPE = "ernie_elastic_compressed"
 QUANT_METHOD = "ernie_elastic_tbe"
-ORIGINAL_KEY = "original_config"
+# One level deeper than Transformers looks: a config class takes a direct child with its own model_type for its config.
+ORIGINAL_KEY, INNER_KEY = "original_config", "config"
 SHIM_MODULE = "ernie_elastic_compressed_shim"
 KERNELS = ("decode", "fused")
-# In place of the list of class names: a strict Transformers config refuses a string here and prints it.
+# Stands in place of a dtype: every Transformers config looks the name up in torch and fails, printing it.
 GUARD = (
-    "These weights are losslessly compressed: `pip install ernie-elastic`, `import ernie_elastic.compression`, then load "
-    "with an Auto class (AutoModelForCausalLM.from_pretrained), or restore the files with `ernie-elastic decompress`."
+    "These weights are losslessly compressed: `pip install ernie-elastic`, `import ernie_elastic.compression`, then "
+    "load with an Auto class (AutoModelForCausalLM.from_pretrained), or get the files back: `ernie-elastic decompress`."
 )
 SHIM_TEXT = '''"""Loads this checkpoint's compressed weights with the installed ernie_elastic package."""
 try:
@@ -73,10 +74,12 @@ def outer_config(original: dict[str, Any], layout: str) -> dict[str, Any]:
     """config.json of a compressed directory, around the original one."""
     return {
         "model_type": MODEL_TYPE,
-        "architectures": GUARD,
+        "dtype": GUARD,
         "auto_map": {"AutoConfig": f"{SHIM_MODULE}.CompressedConfig"},
-        "quantization_config": TbeConfig(layout=layout).to_dict(),
-        ORIGINAL_KEY: original,
+        # Without quant_method, which `from_dict` adds: Transformers skips a method that it does not know, but stops
+        # where there is none. The second guard, for a config whose dtype was overridden.
+        "quantization_config": {k: v for k, v in TbeConfig(layout=layout).to_dict().items() if k != "quant_method"},
+        ORIGINAL_KEY: {INNER_KEY: original},
     }
 
 
@@ -91,28 +94,28 @@ class CompressedConfig(PreTrainedConfig):
 
         Raises FormatError when the original config is missing, ConfigError when its model type is unknown here.
         """
-        original = copy.deepcopy(config_dict.get(ORIGINAL_KEY))
+        original = copy.deepcopy((config_dict.get(ORIGINAL_KEY) or {}).get(INNER_KEY))
         if not isinstance(original, dict) or "model_type" not in original:
             raise FormatError(f"config.json: no {ORIGINAL_KEY} with a model_type in it; the directory is damaged")
-        original["quantization_config"] = copy.deepcopy(config_dict.get("quantization_config"))
+        settings = config_dict.get("quantization_config") or {}
+        original["quantization_config"] = {"quant_method": QUANT_METHOD, **settings}
         model_type = original["model_type"]
         if model_type not in CONFIG_MAPPING:
             raise ConfigError(
-                f"config.json: the model inside is of type {model_type!r}, which Transformers does not know; import the "
-                "package that defines it first, or load with trust_remote_code=True in a process that imports neither"
+                f"config.json: the model inside is of type {model_type!r}, which Transformers does not know; import "
+                "the package that defines it first, or load with trust_remote_code=True where neither is imported"
             )
-        # `architectures` and other top-level keys of the outer config are ours; what callers override is theirs.
         return CONFIG_MAPPING[model_type].from_dict(original, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As `from_dict`, reading the directory. Called by AutoConfig once the caller has trusted the directory's code:
 
         then the original config's own code is imported too, which is how its model type becomes known.
         """
         trusted = kwargs.get("_from_auto", False)
         config_dict, unused = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        original = config_dict.get(ORIGINAL_KEY) or {}
+        original = (config_dict.get(ORIGINAL_KEY) or {}).get(INNER_KEY) or {}
         reference = (original.get("auto_map") or {}).get("AutoConfig")
         if trusted and reference and original.get("model_type") not in CONFIG_MAPPING:
             config_class = get_class_from_dynamic_module(reference, pretrained_model_name_or_path)

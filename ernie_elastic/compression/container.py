@@ -25,7 +25,8 @@ MAX_HEADER = 100_000_000
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -60,7 +61,7 @@ class SafetensorsFile:
             head = stream.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise FormatError(f"{path}: {size} bytes with a header of {length} is no safetensors file; it is damaged")
+                raise FormatError(f"{path}: {size} bytes with a header of {length} is no safetensors file")
             self.header = head + stream.read(length)
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.data = np.frombuffer(self._map, dtype=np.uint8)[8 + length :]
@@ -78,8 +79,11 @@ class SafetensorsFile:
         return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def parse_header(text: bytes, data_size: int, where: str) -> tuple[dict[str, str], list[Entry]]:
-    """Metadata and entries in data order. FormatError unless the entries fill the data without overlap or hole."""
+def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[str, str], list[Entry]]:
+    """Metadata and entries in data order. FormatError unless the entries fill the data without overlap or hole.
+
+    data_size: bytes of the data (None = not known here).
+    """
     try:
         table = json.loads(text)
         metadata = table.pop("__metadata__", {}) or {}
@@ -102,7 +106,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> tuple[dict[str, str
         if entry.begin != at:
             raise FormatError(f"{where}: {entry.name!r} begins at {entry.begin}, expected {at}; the file is damaged")
         at = entry.end
-    if at != data_size:
+    if data_size is not None and at != data_size:
         raise FormatError(f"{where}: its tensors take {at} bytes, the file holds {data_size}; it is damaged")
     return metadata, entries
 
@@ -131,7 +135,7 @@ def write_safetensors(path: Path, kept: list[Stored], spool: BinaryIO, streams: 
         out.write(struct.pack("<Q", len(text)) + text)
         for item in kept:
             assert item.source is not None
-            out.write(memoryview(np.ascontiguousarray(item.source)))
+            out.write(np.ascontiguousarray(item.source).data)
         shutil.copyfileobj(spool, out, 1 << 22)
 
 
@@ -168,7 +172,7 @@ def weight_files(directory: Path) -> list[Path]:
     for path in sorted(directory.glob("*.safetensors.index.json")):
         for name in sorted(set(read_index(path)["weight_map"].values())):
             if not (directory / name).is_file():
-                raise CheckpointError(f"{directory} is damaged: {name} is missing though {path.name} names it; fetch it anew")
+                raise CheckpointError(f"{directory} is damaged: {name}, named by {path.name}, is missing; fetch all")
     return files
 
 

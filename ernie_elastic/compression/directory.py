@@ -62,10 +62,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; expected a Hugging Face model directory")
     if not path.is_file():
-        stage = f"it is the output of {read_manifest(directory).stage!r}" if (directory / MANIFEST_NAME).is_file() else ""
-        raise CheckpointError(
-            f"{directory} has no config.json, so it is no Hugging Face model directory; {stage or 'check the path'}"
-        )
+        hint = "check the path"
+        if (directory / MANIFEST_NAME).is_file():
+            hint = f"it is the output of {read_manifest(directory).stage!r}"
+        raise CheckpointError(f"{directory} has no config.json, so it is no Hugging Face model directory; {hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -183,7 +183,7 @@ def _spool_streams(
             key = f"{STREAM_PREFIX}{tally.streams}"
             names[key] = entry.name
             streams.append(Stored(key, "U8", (stream.size,), stream.size))
-            spool.write(memoryview(stream))
+            spool.write(stream.data)
             tally.streams += 1
             tally.stream_bytes += stream.size
             tally.weights += encoded.weights
@@ -200,15 +200,15 @@ def _verify_file(source: Path, written: Path, tally: Tally, step: Callable[[int]
     for entry in before.entries:
         twin = found.pop(entry.name, None)
         if twin is None:
-            raise FormatError(f"{written}: {entry.name!r} was not written; this is a defect, please report it")
+            raise FormatError(f"{written}: {entry.name!r} was not written; please report this defect")
         raw = after.raw(twin)
         if twin.is_stream:
             raw = codec.decode(raw, str(written), entry.name).reshape(-1).view(torch.uint8).numpy()
         if not np.array_equal(raw, before.raw(entry)):
-            raise FormatError(f"{written}: {entry.name!r} does not decode to its source; this is a defect, please report it")
+            raise FormatError(f"{written}: {entry.name!r} does not decode to its source; please report this defect")
         step(raw.size)
     if found:
-        raise FormatError(f"{written}: {sorted(found)[0]!r} is not in the source; this is a defect, please report it")
+        raise FormatError(f"{written}: {sorted(found)[0]!r} is not in the source; please report this defect")
 
 
 def _write_small_files(source: Path, target: Path, config: dict[str, Any], layout: str, tally: Tally) -> None:

@@ -13,6 +13,7 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ def matrix_view(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def check_byte_order() -> None:
     """FormatError on a big-endian machine: weights are viewed as little-endian words."""
     if sys.byteorder != "little":
-        raise FormatError("compressed weights need a little-endian machine, this one is big-endian; decompress elsewhere")
+        raise FormatError("compressed weights need a little-endian machine, this one is big-endian; use another")
 
 
 def build_stream(layout: str, name: str, shape: tuple[int, ...], body: list[Bytes]) -> Bytes:
@@ -93,7 +94,7 @@ def build_stream(layout: str, name: str, shape: tuple[int, ...], body: list[Byte
 def checksum_of(stream: Bytes) -> bytes:
     """The 16 checksum bytes of a stream u8 [bytes]."""
     digest = hashlib.sha256(stream[:CHECKSUM_AT].tobytes())
-    digest.update(memoryview(np.ascontiguousarray(stream[CHECKSUM_AT + CHECKSUM_BYTES :])))
+    digest.update(np.ascontiguousarray(stream[CHECKSUM_AT + CHECKSUM_BYTES :]).data)
     return digest.digest()[:CHECKSUM_BYTES]
 
 
@@ -109,11 +110,11 @@ def smallest_body(layout: str, matrices: int, rows: int, columns: int) -> int:
 def read_header(stream: Bytes, where: str = "stream", verify: bool = True) -> Header:
     """The header of a stream u8 [bytes], whole or (verify=False) with a body that is not looked at yet.
 
-    where: names the stream in errors. verify: also compare the checksum. Raises FormatError as docs/formats.md 2.3 says.
+    where: names the stream in errors. verify: also compare the checksum. FormatError: docs/formats.md 2.3.
     """
     check_byte_order()
     if stream.size < FIXED.size:
-        raise FormatError(f"{where}: {stream.size} bytes, a compressed tensor has at least {FIXED.size}; the file is damaged")
+        raise FormatError(f"{where}: {stream.size} bytes, a stream has at least {FIXED.size}; the file is damaged")
     magic, version, layout, ndim, zero, matrices, length, digest = FIXED.unpack(stream[: FIXED.size].tobytes())
     if magic != MAGIC or version != VERSION:
         raise FormatError(
@@ -136,11 +137,11 @@ def read_header(stream: Bytes, where: str = "stream", verify: bool = True) -> He
         raise FormatError(f"{where}: its name is not UTF-8; the file is damaged") from error
     expected, rows, columns = matrix_view(shape)
     if math.prod(max(d, 1) for d in shape) >= MAX_WEIGHTS or matrices != expected:
-        raise FormatError(f"{where}: {name!r} of shape {shape} in {matrices} matrices is not allowed; the file is damaged")
+        raise FormatError(f"{where}: {name!r} of shape {shape} in {matrices} matrices is wrong; the file is damaged")
     least = body + smallest_body(LAYOUT_NAMES[layout], matrices, rows, columns)
     if verify and stream.size < least:
         raise FormatError(
-            f"{where}: {name!r} of shape {shape} takes at least {least} bytes, there are {stream.size}; the file is damaged"
+            f"{where}: {name!r} of shape {shape} takes {least} bytes or more, found {stream.size}; the file is damaged"
         )
     if verify and (checksum_of(stream) != digest or stream[name_at + length : body].any()):
         raise FormatError(f"{where}: {name!r} does not match its checksum {digest.hex()}; the file is damaged")
@@ -153,7 +154,7 @@ class BodyReader:
     def __init__(self, stream: Bytes, header: Header) -> None:
         self.stream, self.name, self.at = stream, header.name, header.body
 
-    def take(self, dtype: str, count: int) -> npt.NDArray[np.generic]:
+    def take(self, dtype: str, count: int) -> npt.NDArray[Any]:
         """The next `count` numbers of little-endian `dtype`, 1-D [count]; FormatError when the body is too short."""
         size = np.dtype(dtype).itemsize * count
         if count < 0 or self.at + size > self.stream.size:

@@ -107,12 +107,13 @@ class PackedTensor(nn.Module):
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
         exact = self.dtype if self.dtype in (torch.bfloat16, torch.float32) else torch.float32
-        return zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype).reshape(*rows.shape, -1)
+        return zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype).reshape(*rows.shape, self.matrix.shape[1])
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        scalar = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0 and not index.is_floating_point())
-        if scalar and len(self.stack_shape) == 3:
-            return self.decode(int(index))
+        if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool:
+            index = int(index)
+        if isinstance(index, int) and len(self.stack_shape) == 3:
+            return self.decode(index)
         return self.decode()[index]
 
     def __len__(self) -> int:
@@ -141,6 +142,8 @@ class PackedTensor(nn.Module):
 
 class PackedLinear(nn.Module):
     """nn.Linear with a packed weight [R, C]; several may share one PackedTensor (tied weights)."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, dense: nn.Linear, packed: PackedTensor) -> None:
         super().__init__()
@@ -228,10 +231,7 @@ def packed_experts_forward(
     weights = [child for child in module.children() if isinstance(child, PackedTensor)]
     if all(weight.kernel == "decode" for weight in weights):
         return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights, *rest)
-    odd = [name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, name, False)]
-    odd += [name for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
-    if odd:
-        raise ConfigError(f"kernel 'fused' cannot run {type(module).__name__} ({', '.join(odd)}); set_kernel(model, 'decode')")
+    check_fusable(module)
     output = torch.zeros_like(hidden_states)
     count = len(module.down_proj)  # type: ignore[arg-type]
     for expert in top_k_index.unique().tolist():
@@ -244,6 +244,17 @@ def packed_experts_forward(
     return output
 
 
+def check_fusable(module: nn.Module) -> None:
+    """ConfigError when kernel "fused" cannot run an experts module: it knows one layout of weights only."""
+    odd = [name for name in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, name, False)]
+    odd += [name for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
+    if odd or not hasattr(module, "_apply_gate"):
+        raise ConfigError(
+            f"kernel 'fused' cannot run {type(module).__name__} ({', '.join(odd) or 'its forward is its own'}); "
+            "choose 'decode'"
+        )
+
+
 def _product(weight: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
     return weight.product(x, expert) if isinstance(weight, PackedTensor) else F.linear(x, weight[expert])
 
@@ -251,13 +262,17 @@ def _product(weight: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
 def set_kernel(model: nn.Module, kernel: str) -> int:
     """Choose "decode" (bit-equal) or "fused" for every packed weight of a model; returns how many there are.
 
-    Raises ConfigError for another name, or when the model holds no packed weight.
+    Raises ConfigError for another name, for a model without packed weights, and where "fused" cannot run the experts.
     """
     if kernel not in KERNELS:
         raise ConfigError(f"kernel {kernel!r} is not known; choose {' or '.join(KERNELS)}")
     weights = [module for module in model.modules() if isinstance(module, PackedTensor)]
     if not weights:
         raise ConfigError("set_kernel: the model holds no packed weight; load it from a compressed directory")
+    for module in model.modules():
+        stacks = [child for child in module.children() if isinstance(child, PackedTensor) and len(child.shape) == 3]
+        if kernel == "fused" and stacks:
+            check_fusable(module)
     for weight in weights:
         weight.kernel = kernel
     return len(weights)

@@ -93,7 +93,8 @@ def resolve(model: nn.Module, checkpoint: Checkpoint) -> Resolution:
     not where this expects them, plain names (with or without the base model's prefix) are used, and that is logged.
     """
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    result, merged = Resolution(), {}
+    result = Resolution()
+    merged: dict[str, list[tuple[str, str, Any]]] = {}
     rename = _renamer(model)
     for name in checkpoint.names:
         key, pattern, converter = rename(name)
@@ -130,7 +131,7 @@ def _renamer(model: nn.Module) -> Any:
 
         mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     except (ImportError, TypeError) as error:
-        logger.warning("compressed checkpoint: conversions of this Transformers are unknown (%s); plain names only", error)
+        logger.warning("compressed checkpoint: Transformers' conversions are unknown (%s); plain names only", error)
         return plain
     renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
     converters = [item for item in mapping if isinstance(item, WeightConverter)]
@@ -217,16 +218,16 @@ def choose(
         if type(module) is nn.Linear:
             return all(f"{path}.{name}" in keys for name in others)
         # A stack's module gets no initialiser any more, so that nothing of it may be left to one.
-        return all(packable(module, name) and f"{path}.{name}" in keys and _streams(f"{path}.{name}") for name in others)
+        return all(packable(module, name) and streams_only(f"{path}.{name}") for name in others)
 
-    def _streams(key: str) -> bool:
-        return all(part.name in checkpoint.streams for part in resolution.parts[key])
+    def streams_only(key: str) -> bool:
+        return key in keys and all(part.name in checkpoint.streams for part in resolution.parts[key])
 
     chosen = []
     for key, parts in resolution.parts.items():
         group = ties.get(key, {key})
         # Two stored tensors behind one tie: whether they are equal is for Transformers to judge.
         alone = not (group - {key}) & set(resolution.targets.values())
-        if _streams(key) and alone and all(can(name) for name in group):
+        if streams_only(key) and alone and all(can(name) for name in group):
             chosen.append(([key, *sorted(group - {key})], parts))
     return chosen

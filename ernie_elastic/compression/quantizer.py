@@ -46,6 +46,8 @@ class TbeHfQuantizer(HfQuantizer):
 
     requires_calibration = True  # weights are compressed by `compress`, never while loading
 
+    quantization_config: TbeConfig
+
     def __init__(self, quantization_config: TbeConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._planned: list[Planned] = []
@@ -62,7 +64,7 @@ class TbeHfQuantizer(HfQuantizer):
             raise ConfigError("device_map: 'disk' cannot hold packed weights; use devices, or decompress the directory")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """False: Transformers' own writer would leave the wrapper of config.json out; `model.save_pretrained` is ours."""
+        """False: Transformers' writer knows no wrapper of config.json; `model.save_pretrained` is ours."""
         return False
 
     @property
@@ -73,7 +75,7 @@ class TbeHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         paths = kwargs.get("checkpoint_files")
         if not isinstance(paths, list) or not paths:
-            raise CheckpointError("compressed checkpoint: its files are unknown; load from the directory, not a state_dict")
+            raise CheckpointError("compressed checkpoint: no files given; load from the directory, not a state_dict")
         self._device_map = kwargs.get("device_map")
         # The model's dtype is not handed on to this hook; while the model is built it is torch's default dtype.
         self._dtype = torch.get_default_dtype()
@@ -118,7 +120,7 @@ class TbeHfQuantizer(HfQuantizer):
             for name in names:
                 raw = self._checkpoint.streams[name].decode()
                 items.append(Stored(name, "BF16", tuple(raw.shape), 2 * raw.numel()))
-                spool.write(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))
+                spool.write(raw.reshape(-1).view(torch.uint8).numpy().data)
             write_safetensors(path, [], spool, items)
         return path
 

@@ -22,23 +22,16 @@ from ernie_elastic.compression.container import BITS, SafetensorsFile, parse_hea
 from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR, STAGE, is_compressed
 from ernie_elastic.compression.format import VERSION, read_header
 from ernie_elastic.errors import CheckpointError, ConfigError, FormatError
-from ernie_elastic.stages import (
-    MANIFEST_NAME,
-    disk_error,
-    progress,
-    publish_directory,
-    read_manifest,
-    sha256_file,
-)
+from ernie_elastic.stages import MANIFEST_NAME, disk_error, progress, publish_directory, read_manifest, sha256_file
 
 
 def read_files_table(directory: Path) -> dict[str, Any]:
-    """`tbe_original/files.json`. CheckpointError when the directory is not compressed, FormatError when it is damaged."""
+    """`tbe_original/files.json`. CheckpointError for a directory that is not compressed, FormatError when damaged."""
     path = directory / ORIGINAL_DIR / FILES_NAME
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; expected the output of `ernie-elastic compress`")
     if not path.is_file():
-        raise CheckpointError(f"{directory} is not compressed (no {ORIGINAL_DIR}/{FILES_NAME}); give the output of compress")
+        raise CheckpointError(f"{directory} is not compressed (no {ORIGINAL_DIR}/{FILES_NAME}); nothing to restore")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         version, names = table["format_version"], [*table["files"], *table["streams"]]
@@ -46,7 +39,7 @@ def read_files_table(directory: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is damaged ({error}); fetch {directory} anew") from error
     if version > VERSION:
-        raise FormatError(f"{path} has format version {version}, this package reads up to {VERSION}; install a newer one")
+        raise FormatError(f"{path} has format version {version}, this package reads {VERSION}; install a newer one")
     if not valid or any(Path(name).name != name for name in names):
         raise FormatError(f"{path} is damaged (it names a file outside of the directory); fetch {directory} anew")
     return table
@@ -101,10 +94,12 @@ def _restore(directory: Path, target: Path, table: dict[str, Any]) -> None:
                 raise CheckpointError(f"{directory} is damaged: {ORIGINAL_DIR}/{name} is missing; fetch it anew")
             shutil.copyfile(place, target / name)
         if sha256_file(target / name) != entry["sha256"]:
-            raise FormatError(f"{directory}: restored {name} is not the file that was compressed; fetch {directory} anew")
+            raise FormatError(f"{directory}: {name} is not restored to the file that was compressed; fetch it anew")
 
 
-def _restore_weights(directory: Path, target: Path, name: str, names: dict[str, str], step: Callable[[int], Any]) -> None:
+def _restore_weights(
+    directory: Path, target: Path, name: str, names: dict[str, str], step: Callable[[int], Any]
+) -> None:
     """Rebuild one safetensors file from its verbatim header and the decoded tensors."""
     header_path = directory / ORIGINAL_DIR / f"{name}.header"
     for path in (header_path, directory / name):
@@ -112,8 +107,7 @@ def _restore_weights(directory: Path, target: Path, name: str, names: dict[str, 
             raise CheckpointError(f"{directory} is damaged: {path.relative_to(directory)} is missing; fetch it anew")
     header = header_path.read_bytes()
     compressed = SafetensorsFile(directory / name)
-    end = max([0, *(entry["data_offsets"][1] for key, entry in _table(header, header_path).items() if key != "__metadata__")])
-    _, entries = parse_header(header[8:], end, str(header_path))
+    _, entries = parse_header(header[8:], None, str(header_path))
     found = {names.get(entry.name, entry.name): entry for entry in compressed.entries}
     with open(target / name, "wb") as out:
         out.write(header)
@@ -129,15 +123,8 @@ def _restore_weights(directory: Path, target: Path, name: str, names: dict[str, 
                     f"{directory / name}: {entry.name!r} has {raw.size} bytes, expected {entry.end - entry.begin}; "
                     f"fetch {directory} anew"
                 )
-            out.write(memoryview(np.ascontiguousarray(raw)))
+            out.write(np.ascontiguousarray(raw).data)
             step(raw.size)
-
-
-def _table(header: bytes, path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(header[8:])
-    except ValueError as error:
-        raise FormatError(f"{path} is damaged ({error}); fetch the directory anew") from error
 
 
 def directory_info(directory: Path | str) -> list[dict[str, Any]]:
@@ -164,15 +151,16 @@ def directory_info(directory: Path | str) -> list[dict[str, Any]]:
 def _row(file: SafetensorsFile, entry: Any) -> dict[str, Any]:
     raw = file.raw(entry)
     weights = raw.size * 8 // BITS[entry.dtype]
-    row = {
-        "name": entry.name, "file": file.path.name, "layout": "stored", "dtype": entry.dtype, "shape": list(entry.shape),
-        "weights": weights, "bytes": raw.size, "bits_per_weight": None, "entropy_bits": None, "checksum": None,
+    row: dict[str, Any] = {
+        "name": entry.name, "file": file.path.name, "layout": "stored", "dtype": entry.dtype,
+        "shape": list(entry.shape), "weights": weights, "bytes": raw.size,
+        "bits_per_weight": None, "entropy_bits": None, "checksum": None,
     }  # fmt: skip
     if entry.is_stream:
         header = read_header(raw, f"{file.path}: {entry.name}")
         words = codec.decode(raw, str(file.path)).reshape(-1).view(torch.int16).numpy().view(np.uint16)
-        row.update(name=header.name, layout=header.layout, dtype="BF16", shape=list(header.shape), weights=header.weights)
-        row.update(checksum=header.checksum)
+        row.update(name=header.name, layout=header.layout, dtype="BF16", shape=list(header.shape))
+        row.update(weights=header.weights, checksum=header.checksum)
     elif entry.dtype == "BF16":
         words = raw.view(np.uint16) if raw.size else np.empty(0, dtype=np.uint16)
     else:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ernie_elastic.compression import codec
 from ernie_elastic.compression.container import TORCH_DTYPES, Entry, Stored, write_safetensors
@@ -53,10 +54,11 @@ def saver(checkpoint: Checkpoint, resolution: Resolution) -> Callable[..., None]
         rows = tensors.setdefault(file.path.name, [])
         for entry in file.entries:
             stream = names.get((file.path, entry.name))
-            rows.append(SavedTensor(entry, stream.header.name if stream else entry.name, stream and stream.header.layout))
+            name, layout_name = (stream.header.name, stream.header.layout) if stream else (entry.name, None)
+            rows.append(SavedTensor(entry, name, layout_name))
     folder = checkpoint.files[0].path.parent
     wanted = [*folder.glob("*.py"), *folder.glob("*.safetensors.index.json"), folder / "config.json"]
-    wanted += [path for path in folder.glob(f"{ORIGINAL_DIR}/*")]
+    wanted += list(folder.glob(f"{ORIGINAL_DIR}/*"))
     small = {str(path.relative_to(folder)): path.read_bytes() for path in wanted if path.is_file()}
     layout = Layout(tensors, small, resolution)
 
@@ -68,7 +70,7 @@ def saver(checkpoint: Checkpoint, resolution: Resolution) -> Callable[..., None]
         """
         refused = [name for name in ("state_dict", "push_to_hub") if kwargs.get(name)]
         if refused:
-            raise ConfigError(f"save_pretrained: {refused[0]} is not possible for a compressed model; decompress it first")
+            raise ConfigError(f"save_pretrained: {refused[0]} does not go with a compressed model; decompress it first")
         if kwargs.get("is_main_process", True):
             save_model(self, Path(save_directory), layout)
 
@@ -79,7 +81,7 @@ def save_model(model: nn.Module, out: Path, layout: Layout) -> None:
     """Write `model` into `out` in the stored form that `layout` describes; files appear only when all are written."""
     if f"{ORIGINAL_DIR}/{FILES_NAME}" not in layout.small:
         raise CheckpointError(
-            f"cannot save to {out}: the model was loaded without its {ORIGINAL_DIR}/{FILES_NAME}; load it from a whole copy"
+            f"cannot save to {out}: the model was loaded without {ORIGINAL_DIR}/{FILES_NAME}; load it from a whole copy"
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,8 @@ def save_model(model: nn.Module, out: Path, layout: Layout) -> None:
                 _write_file(model, temporary / name, tensors, layout.resolution)
             for name, content in layout.small.items():
                 (temporary / name).write_bytes(content)
-            if hasattr(model, "can_generate") and model.can_generate():
-                model.generation_config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
+            if isinstance(model, PreTrainedModel) and model.can_generate():
+                model.generation_config.save_pretrained(temporary)
             for path in sorted(temporary.rglob("*")):
                 place = out / path.relative_to(temporary)
                 if path.is_file():
@@ -108,12 +110,12 @@ def _write_file(model: nn.Module, path: Path, tensors: list[SavedTensor], resolu
         for item in progress(tensors, desc=f"saving {path.name}", unit="tensor"):
             weight = fetch(model, item, resolution)
             if item.layout is None:
-                raw = weight.contiguous().reshape(-1).view(torch.uint8).numpy() if weight.numel() else np.empty(0, np.uint8)
+                raw = weight.reshape(-1).view(torch.uint8).numpy() if weight.numel() else np.empty(0, np.uint8)
                 kept.append(Stored(item.entry.name, item.entry.dtype, item.entry.shape, raw.size, raw))
             else:
                 stream = codec.encode(weight, item.name, item.layout).stream
                 streams.append(Stored(item.entry.name, "U8", (stream.size,), stream.size))
-                spool.write(memoryview(stream))
+                spool.write(stream.data)
         write_safetensors(path, kept, spool, streams)
 
 

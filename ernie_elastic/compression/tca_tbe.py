@@ -7,6 +7,8 @@ Legend: E matrices, R rows, C columns, B BlockTiles of 64x64, S stripes of a Blo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -125,7 +127,7 @@ def decode_body(reader: BodyReader, header: Header) -> Words:
     return _crop(words_BN, first_E, header)
 
 
-def _gather(values: npt.NDArray[np.generic], counts_B: npt.NDArray[np.int64], align: int, header: Header) -> Words:
+def _gather(values: npt.NDArray[Any], counts_B: npt.NDArray[np.int64], align: int, header: Header) -> npt.NDArray[Any]:
     """Inverse of `_scatter`; FormatError when padding is not zero."""
     sizes_B = _aligned(counts_B, align)
     starts_B = np.cumsum(sizes_B) - sizes_B

@@ -32,15 +32,15 @@ class PackedLoader:
     def step(self, step: int) -> list[PackedBatch]:
         """The micro-batches of optimizer step `step` on this rank."""
         rows = []
-        draws = rows_of_step(
-            self.seed, step, self.rows_per_step, self.corpus.num_rows, self.rank, self.world_size
-        )
+        draws = rows_of_step(self.seed, step, self.rows_per_step, self.corpus.num_rows, self.rank, self.world_size)
         for row, draw in draws:
             generator = torch.Generator().manual_seed((self.seed << 32) + draw)
-            rows.append([
-                build_document(self.corpus.document(number), self.layout, self.flips, generator)
-                for number in self.corpus.row(row)
-            ])
+            rows.append(
+                [
+                    build_document(self.corpus.document(number), self.layout, self.flips, generator)
+                    for number in self.corpus.row(row)
+                ]
+            )
         size = -(-len(rows) // self.micro_batches)
         return [collate(rows[start : start + size], self.row_length) for start in range(0, len(rows), size)]
 

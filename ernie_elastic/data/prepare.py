@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +22,13 @@ STAGE = "prepare-data"
 
 # Shares of the tasks among the records; ours: pictures need most of the positions that a short run can afford.
 DEFAULT_WEIGHTS = {
-    "image_to_text": 0.22, "text_to_image": 0.26, "video_to_text": 0.10, "text_to_video": 0.09,
-    "audio_to_text": 0.10, "text_to_audio": 0.13, "text": 0.10,
+    "image_to_text": 0.22,
+    "text_to_image": 0.26,
+    "video_to_text": 0.10,
+    "text_to_video": 0.09,
+    "audio_to_text": 0.10,
+    "text_to_audio": 0.13,
+    "text": 0.10,
 }
 
 
@@ -81,8 +85,12 @@ def prepare_data(
         write_rows(directory / ROWS_FILE, rows)
         (directory / "rejects.txt").write_text("".join(f"{reason}\n" for reason in rejects))
         report = {
-            "records": len(lengths), "rejected": len(rejects), "rows": len(rows), "row_length": config.row_length,
-            "positions": sum(lengths), "packing_efficiency": packing_efficiency(lengths, rows, config.row_length),
+            "records": len(lengths),
+            "rejected": len(rejects),
+            "rows": len(rows),
+            "row_length": config.row_length,
+            "positions": sum(lengths),
+            "packing_efficiency": packing_efficiency(lengths, rows, config.row_length),
             "tokens": dict(tokens),
         }
         extra.update(report)
@@ -134,8 +142,3 @@ def _tokenise_kept(samples: list[Sample], tokenizers: Tokenizers) -> tuple[list,
             except DataError as error:
                 rejects.append(str(error))
         return documents, rejects
-
-
-def with_records(config: PrepareConfig, num_records: int) -> PrepareConfig:
-    """The same preparation with another number of records."""
-    return dataclasses.replace(config, num_records=num_records)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging as transformers_logging
 
 from ernie_elastic.elastic.importance import MASS_FILE, ExpertPolicy, choose_experts, measured_mass, stored_mass
 from ernie_elastic.elastic.space import LayerPolicy, choose_layers
@@ -49,7 +50,11 @@ def extract_model(model: ErnieElasticForCausalLM, spec: SubModelSpec) -> ErnieEl
     if len(counts) > 1:
         raise ConfigError(f"extract: layers keep {sorted(counts)} experts; every layer must keep the same number")
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.num_experts, config.num_experts_per_tok = len(spec.layers), counts.pop(), spec.top_k
+    config.num_hidden_layers, config.num_experts, config.num_experts_per_tok = (
+        len(spec.layers),
+        counts.pop(),
+        spec.top_k,
+    )
     config.audio_head_layers = [spec.layers.index(layer) for layer in model.config.audio_head_layers or ()]
     config._experts_implementation = model.config._experts_implementation
     state = {}
@@ -64,10 +69,7 @@ def extract_model(model: ErnieElasticForCausalLM, spec: SubModelSpec) -> ErnieEl
         if rest.startswith(("mlp.experts.", "mlp.gate.")):
             tensor = tensor[torch.tensor(spec.experts_per_layer[slot], device=tensor.device)]
         state[f"model.layers.{slot}.{rest}"] = tensor.clone()
-    dtype = model.dtype
-    smaller = ErnieElasticForCausalLM(config).to(dtype)
-    for layer in smaller.model.layers:  # .to() casts the bias too, which stays fp32 in every checkpoint
-        layer.mlp.gate.e_score_correction_bias = layer.mlp.gate.e_score_correction_bias.float()
+    smaller = cast_weights(ErnieElasticForCausalLM(config), model.dtype)
     smaller.load_state_dict(state)
     smaller.tie_weights()
     return smaller.eval()
@@ -78,10 +80,17 @@ def without_audio(model: ErnieElasticForCausalLM) -> ErnieElasticForCausalLM:
     config = copy.deepcopy(model.config)
     config.audio_num_levels, config.audio_head_layers = 0, []
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.audio.")}
-    smaller = ErnieElasticForCausalLM(config).to(model.dtype)
+    smaller = cast_weights(ErnieElasticForCausalLM(config), model.dtype)
     smaller.load_state_dict(state)
     smaller.tie_weights()
     return smaller.eval()
+
+
+def cast_weights(model: ErnieElasticForCausalLM, dtype: torch.dtype) -> ErnieElasticForCausalLM:
+    """Cast every parameter in place; buffers (the balance bias, rotary frequencies) keep fp32. Returns the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make_spec(model: ErnieElasticForCausalLM, mass_LE: torch.Tensor, request: Request) -> SubModelSpec:
@@ -145,19 +154,23 @@ def extract_submodel(
     with stage_output(out, STAGE, config, parent=directory, overwrite=overwrite) as temporary:
         save_model(smaller, temporary, dtype)
         _copy_companions(directory, temporary)
-        kept = torch.stack([mass_LE[layer, list(experts)] for layer, experts in zip(
-            spec.layers, spec.experts_per_layer, strict=True)])
+        kept = torch.stack(
+            [mass_LE[layer, list(experts)] for layer, experts in zip(spec.layers, spec.experts_per_layer, strict=True)]
+        )
         save_file({"mass_LE": kept.contiguous()}, temporary / MASS_FILE)
         write_json(temporary / ORIGIN_FILE, _origin(directory, spec))
-    after = {**describe(smaller), "kept layers": list(spec.layers),
-             "kept experts": [list(experts) for experts in spec.experts_per_layer]}
+    after = {
+        **describe(smaller),
+        "kept layers": list(spec.layers),
+        "kept experts": [list(experts) for experts in spec.experts_per_layer],
+    }
     print_table(before, after)
     say(f"extract_submodel: wrote {out}")
     return {"before": before, "after": after}
 
 
 def _origin(directory: Path, spec: SubModelSpec) -> dict[str, object]:
-    origin = {"source": str(directory), "spec": spec.to_json()}
+    origin: dict[str, object] = {"source": str(directory), "spec": spec.to_json()}
     if (directory / ORIGIN_FILE).exists():
         origin["source_origin"] = json.loads((directory / ORIGIN_FILE).read_text())
     return origin
@@ -167,17 +180,19 @@ def save_model(model: ErnieElasticForCausalLM, directory: Path, dtype: str = "bf
     """Write weights rounded to `dtype` (the balance bias stays fp32), config and shim."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    biases = [layer.mlp.gate.e_score_correction_bias.clone() for layer in model.model.layers]
-    rounded = copy.deepcopy(model).to(DTYPES[dtype])
-    for layer, bias in zip(rounded.model.layers, biases, strict=True):
-        layer.mlp.gate.e_score_correction_bias = bias.float()
+    rounded = cast_weights(copy.deepcopy(model), DTYPES[dtype])
+    transformers_logging.disable_progress_bar()
     rounded.save_pretrained(directory)
 
 
 def _copy_companions(source: Path, target: Path) -> None:
     """Tokenizers and other files that belong to the model, unless already written."""
     for path in source.iterdir():
-        skip = path.suffix == ".safetensors" or path.name in ("manifest.json", ORIGIN_FILE, "model.safetensors.index.json")
+        skip = path.suffix == ".safetensors" or path.name in (
+            "manifest.json",
+            ORIGIN_FILE,
+            "model.safetensors.index.json",
+        )
         if skip or (target / path.name).exists():
             continue
         if path.is_dir():
@@ -190,8 +205,11 @@ def describe(model: ErnieElasticForCausalLM) -> dict[str, object]:
     """Layers, experts, top-k, parameters and BF16 bytes of a model."""
     total, active = parameter_counts(model)
     return {
-        "layers": model.config.num_hidden_layers, "experts per layer": model.config.num_experts,
-        "top-k": model.config.num_experts_per_tok, "parameters": total, "active parameters": active,
+        "layers": model.config.num_hidden_layers,
+        "experts per layer": model.config.num_experts,
+        "top-k": model.config.num_experts_per_tok,
+        "parameters": total,
+        "active parameters": active,
         "bytes in BF16": 2 * total,
     }
 

@@ -32,7 +32,9 @@ def stored_mass(model_dir: Path) -> torch.Tensor:
     return load_file(path)["mass_LE"].double()
 
 
-def packed_rows(packed_dir: Path, model: ErnieElasticForCausalLM, num_rows: int, batch_rows: int = 8) -> list[PackedBatch]:
+def packed_rows(
+    packed_dir: Path, model: ErnieElasticForCausalLM, num_rows: int, batch_rows: int = 8
+) -> list[PackedBatch]:
     """The first `num_rows` rows of a packed directory in a fixed order, without flips, as batches."""
     manifest = read_manifest(packed_dir, ("prepare-data",))
     corpus = PackedCorpus(packed_dir)

@@ -23,8 +23,9 @@ def sample_spec(elastic: ElasticConfig, config: ErnieElasticConfig, seed: int, s
         rng.random() >= share for share in (elastic.full_depth, elastic.full_width, elastic.full_sparsity)
     )
     layers = full.layers
-    smallest = max(1, round(elastic.min_depth * config.num_hidden_layers),
-                   config.num_hidden_layers - len(droppable_layers(config)))
+    smallest = max(
+        1, round(elastic.min_depth * config.num_hidden_layers), config.num_hidden_layers - len(droppable_layers(config))
+    )
     if shrink_depth and smallest < config.num_hidden_layers:
         depth = rng.randint(smallest, config.num_hidden_layers - 1)
         layers = choose_layers(config, depth, elastic.layer_policy, rng)

@@ -108,10 +108,13 @@ def extract_within_budget(
         mark = " <- chosen" if point == best else ""
         say(f"{point.spec.label():16}{point.weight_bytes:>14,} bytes  loss {point.loss:.4f}{mark}")
     table = extract_submodel(source, out, request, data, dtype, overwrite, spec=best.spec)
-    write_json(out / "pareto.json", [
-        {"spec": p.spec.to_json(), "label": p.spec.label(), "weight_bytes": p.weight_bytes, "loss": p.loss}
-        for p in front
-    ])
+    write_json(
+        out / "pareto.json",
+        [
+            {"spec": p.spec.to_json(), "label": p.spec.label(), "weight_bytes": p.weight_bytes, "loss": p.loss}
+            for p in front
+        ],
+    )
     return table
 
 

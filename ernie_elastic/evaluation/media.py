@@ -46,9 +46,10 @@ def write_results(
     for result in results:
         for index in range(min(num_shown, result.n)):
             shown.append(_entry(result, index, directory, sample_rate))
-    write_json(directory / "results.json", {
-        "model": name, "accuracy": table, "detail": {result.task: result.detail for result in results},
-    })
+    write_json(
+        directory / "results.json",
+        {"model": name, "accuracy": table, "detail": {result.task: result.detail for result in results}},
+    )
     write_json(directory / "samples.json", shown)
     return table
 
@@ -60,7 +61,8 @@ def _entry(result: TaskResult, index: int, directory: Path, sample_rate: int) ->
     media = next((segment for segment in prompt if segment.kind != "text"), None)
     texts = [segment.text for segment in prompt if segment.text]
     return {
-        "task": result.task, "key": sample.key,
+        "task": result.task,
+        "key": sample.key,
         "prompt_text": " ".join(texts) or None,
         "prompt_media": None if media is None else save_media(_content(media), Path(f"{stem}-prompt"), sample_rate),
         "truth_text": target.text,

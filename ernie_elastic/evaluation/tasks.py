@@ -11,7 +11,7 @@ import numpy as np
 from ernie_elastic.data import checkers
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.data.world import WorldConfig, world_sample
-from ernie_elastic.errors import ConfigError
+from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.answer import Answer, GenerationMode, answer
 from ernie_elastic.modeling.generation import RoutingSink, Sampling
@@ -71,7 +71,13 @@ def judge(
     pairs = [split_prompt(sample) for sample in samples]
     mode: GenerationMode = pairs[0][1].kind
     answers = answer(
-        model, tokenizers, [prompt for prompt, _ in pairs], mode, config.sampling, submodel, config.batch_size,
+        model,
+        tokenizers,
+        [prompt for prompt, _ in pairs],
+        mode,
+        config.sampling,
+        submodel,
+        config.batch_size,
         routing_sink,
     )
     return score_answers(task, samples, answers, config.world)
@@ -82,18 +88,23 @@ def score_answers(task: str, samples: list[Sample], answers: list[Answer], world
     buckets: dict[str, list[bool]] = defaultdict(list)
     correct = []
     for sample, output in zip(samples, answers, strict=True):
-        scores = checkers.score(task, sample.truth, output, world)
+        scores = _score(task, sample, output, world)
         correct.append(bool(scores["correct"]))
         for name, value in scores.items():
             if name != "correct":
                 buckets[name].append(bool(value))
         if (count := sample.truth.get("num_objects")) is not None:
             buckets[f"correct, {count} object{'s' if count != 1 else ''}"].append(correct[-1])
-    detail = {
-        name: {"value": float(np.mean(values)), "n": len(values)} for name, values in sorted(buckets.items())
-    }
+    detail = {name: {"value": float(np.mean(values)), "n": len(values)} for name, values in sorted(buckets.items())}
     chance = float(checkers.chance(task, [sample.truth for sample in samples]))
     return TaskResult(task, float(np.mean(correct)), chance, len(samples), detail, samples, answers, correct)
+
+
+def _score(task: str, sample: Sample, output: Answer, world: WorldConfig) -> dict[str, bool]:
+    try:
+        return checkers.score(task, sample.truth, output, world)
+    except DataError:  # an answer of no use to the checker, such as a video of one frame, is wrong
+        return {"correct": False}
 
 
 def evaluate(

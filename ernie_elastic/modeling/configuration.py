@@ -11,6 +11,12 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.schema import SubModelSpec
 
 SHIM_MODULE = "ernie_elastic_shim"
+SHIM_TEXT = '''"""Loads this checkpoint's classes from the installed ernie_elastic package."""
+try:
+    from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM, ErnieElasticModel
+except ImportError as error:
+    raise ImportError("this checkpoint needs the package ernie_elastic: run `pip install ernie-elastic`") from error
+'''
 
 
 @strict
@@ -104,9 +110,7 @@ class ErnieElasticConfig(PreTrainedConfig):
             self.mrope_section = [third, third, pairs - 2 * third]
         if self.audio_head_layers is None:
             # paper: figure 3, one level after another in the top layers.
-            self.audio_head_layers = list(
-                range(self.num_hidden_layers - self.audio_num_levels, self.num_hidden_layers)
-            )
+            self.audio_head_layers = list(range(self.num_hidden_layers - self.audio_num_levels, self.num_hidden_layers))
         self.visual_scales = self.visual_scales or []
         self.visual_amplitudes = self.visual_amplitudes or []
         super().__post_init__(**kwargs)

@@ -17,7 +17,8 @@ from ernie_elastic.data.packing import collate
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.masks import cached_mask, dense_mask
-from ernie_elastic.modeling.model import ErnieElasticForCausalLM, StackOutput
+from ernie_elastic.modeling.model import ErnieElasticForCausalLM
+from ernie_elastic.modeling.outputs import StackOutput
 from ernie_elastic.schema import PAD_TASK, TASK_ID, RouterOutput, SubModelSpec
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
 
@@ -44,9 +45,7 @@ def layout_of(config: ErnieElasticConfig) -> Layout:
         boa=config.boa_token_id,
         eoa=config.eoa_token_id,
         next_frame=config.next_frame_token_id,
-        quantizer=MultiScaleBits(
-            tuple((h, w) for h, w in config.visual_scales), tuple(config.visual_amplitudes)
-        ),
+        quantizer=MultiScaleBits(tuple((h, w) for h, w in config.visual_scales), tuple(config.visual_amplitudes)),
         num_bits=config.visual_bits,
         num_levels=config.audio_num_levels,
         codebook_size=config.audio_codebook_size,
@@ -98,8 +97,13 @@ class GroupDecoder:
         if hidden.shape[1] > 1:
             mask = dense_mask(batch.document_BT[:, :-1], batch.group_BT[:, :-1])
             out = self.model.model.run_stack(
-                hidden[:, :-1], batch.position_BT3[:, :-1], mask, self.cache, self.submodel,
-                valid_N=self.key_valid_BS.reshape(-1), is_causal=False,
+                hidden[:, :-1],
+                batch.position_BT3[:, :-1],
+                mask,
+                self.cache,
+                self.submodel,
+                valid_N=self.key_valid_BS.reshape(-1),
+                is_causal=False,
             )
             self._record(batch.task_BT[:, :-1].reshape(-1), out)
 
@@ -121,8 +125,14 @@ class GroupDecoder:
         self.key_valid_BS = torch.cat([self.key_valid_BS, new], dim=1)
         valid = new if active_B is None else active_B[:, None].expand(rows, size)
         out = self.model.model.run_stack(
-            embedded_BGH, position_BG3, cached_mask(self.key_valid_BS, size), self.cache, self.submodel,
-            next_codes=next_codes, valid_N=valid.reshape(-1), is_causal=False,
+            embedded_BGH,
+            position_BG3,
+            cached_mask(self.key_valid_BS, size),
+            self.cache,
+            self.submodel,
+            next_codes=next_codes,
+            valid_N=valid.reshape(-1),
+            is_causal=False,
             audio_index_S=torch.arange(rows * size, device=self.device) if next_codes is not None else None,
         )
         tasks = torch.full((rows, size), TASK_ID[task], dtype=torch.int8, device=self.device)

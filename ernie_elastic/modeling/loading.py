@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,9 @@ from ernie_elastic.modeling.model import ErnieElasticForCausalLM
 
 log = logging.getLogger(__name__)
 RUNS = Path("runs")
+if not torch.cuda.is_available():
+    # Transformers imports DeepSpeed while loading, which otherwise warns that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def newest_run(root: Path = RUNS) -> Path:
@@ -51,7 +56,9 @@ def is_compressed(directory: Path) -> bool:
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} cannot be read ({error}); make the directory anew") from error
+        raise CheckpointError(
+            f"{directory / 'config.json'} cannot be read ({error}); make the directory anew"
+        ) from error
     return config.get("model_type") == "ernie_elastic_compressed"
 
 
@@ -68,13 +75,14 @@ def load_model(source: Path | str | None, experts: str | None = None) -> ErnieEl
     """
     directory = resolve_model_dir(source)
     transformers_logging.disable_progress_bar()
-    kwargs = {"experts_implementation": experts} if experts and not is_compressed(directory) else {}
+    kwargs: dict[str, Any] = {"experts_implementation": experts} if experts and not is_compressed(directory) else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=compute_dtype(), output_loading_info=True, **kwargs
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    model, report = loaded
     problems = {name: keys for name, keys in report.items() if keys}
     if problems:
         raise CheckpointError(f"{directory} is damaged: its loading report is not empty: {problems}")

@@ -7,7 +7,6 @@ back end may be chosen is decided by finding the literal decorator in the module
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.attention import ErnieElasticAttention, RMSNorm
-from ernie_elastic.modeling.configuration import SHIM_MODULE, ErnieElasticConfig
+from ernie_elastic.modeling.configuration import SHIM_MODULE, SHIM_TEXT, ErnieElasticConfig
 from ernie_elastic.modeling.heads import AudioIO, CodeSampler, VisualIO
 from ernie_elastic.modeling.masks import dense_mask
-from ernie_elastic.modeling.positions import UniRotary, rotary_frequencies
-from ernie_elastic.modeling.router import ErnieElasticTopKRouter
+from ernie_elastic.modeling.outputs import PackedOutput, StackOutput
+from ernie_elastic.modeling.positions import UniRotary, axis_of_pair, rotary_frequencies
+from ernie_elastic.modeling.router import ErnieElasticTopKRouter, count_routing
 from ernie_elastic.modeling.understanding import UnderstandingEncoder
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
-
-SHIM_TEXT = '''"""Loads this checkpoint's classes from the installed ernie_elastic package."""
-try:
-    from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM, ErnieElasticModel
-except ImportError as error:
-    raise ImportError("this checkpoint needs the package ernie_elastic: run `pip install ernie-elastic`") from error
-'''
 
 
 @use_experts_implementation
@@ -89,19 +82,6 @@ class ErnieElasticMoE(nn.Module):
         return output, count_routing(weights_NK, ids_NK, self.gate.num_experts, valid_N)
 
 
-def count_routing(
-    weights_NK: torch.Tensor, ids_NK: torch.Tensor, num_experts: int, valid_N: torch.Tensor | None
-) -> RouterOutput:
-    """Counts and routed mass per expert, without keeping logits (ours: logits are never stored)."""
-    with torch.no_grad():
-        ids, weights = ids_NK.detach(), weights_NK.detach().float()
-        if valid_N is not None:
-            ids, weights = ids[valid_N], weights[valid_N]
-        counts_E = torch.bincount(ids.reshape(-1), minlength=num_experts)
-        mass_E = torch.bincount(ids.reshape(-1), weights.reshape(-1), minlength=num_experts).float()
-    return RouterOutput(weights_NK, ids_NK, counts_E, mass_E)
-
-
 class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and mixture of experts."""
 
@@ -126,40 +106,16 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, RouterOutput]:
         """[B, T, H] -> [B, T, H] and the router's decision."""
         attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, cache_layer,
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            cache_layer,
             **kwargs,
         )
         hidden_states = hidden_states + attended
         mixed, routing = self.mlp(self.post_attention_layernorm(hidden_states), kept_experts, top_k, valid_N)
         return hidden_states + mixed, routing
-
-
-@dataclass
-class StackOutput:
-    """hidden [B, T, H] after the last norm; routing per run layer; audio logits [S, V + 1] per level at audio steps."""
-
-    hidden: torch.Tensor
-    routing: list[RouterOutput]
-    layers: tuple[int, ...]
-    audio_logits: list[torch.Tensor] = field(default_factory=list)
-
-
-@dataclass
-class PackedOutput:
-    """What the packed entry returns: logits only where a target is.
-
-    text_logits_NV at text_index_N; audio_logits: per level [S, V + 1] at audio_index_S; bit_logits_ND at the batch's
-    bit_index_N; routing: one RouterOutput per run layer, whose indices are in `layers`.
-    """
-
-    text_logits_NV: torch.Tensor
-    text_index_N: torch.Tensor
-    audio_logits: list[torch.Tensor]
-    audio_index_S: torch.Tensor
-    bit_logits_ND: torch.Tensor
-    hidden_BTH: torch.Tensor
-    routing: list[RouterOutput]
-    layers: tuple[int, ...]
 
 
 class ErnieElasticPreTrainedModel(PreTrainedModel):
@@ -196,8 +152,6 @@ class ErnieElasticPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, UniRotary):
             init.copy_(module.inv_freq, rotary_frequencies(module.base, module.head_dim))
-            from ernie_elastic.modeling.positions import axis_of_pair
-
             init.copy_(module.axis_P, axis_of_pair(module.section, module.layout))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -246,8 +200,10 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+        mask: Any = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids if position_ids.dim() == 2 else position_ids[..., 0],
         )
@@ -307,11 +263,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         return 0.0 * total
 
     def _audio_level(
-        self,
-        hidden: torch.Tensor,
-        level: int,
-        index_S: torch.Tensor,
-        next_codes: torch.Tensor | CodeSampler | None,
+        self, hidden: torch.Tensor, level: int, index_S: torch.Tensor, next_codes: torch.Tensor | CodeSampler | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.audio is not None
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -335,7 +287,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
             visual = self.visual(batch.visual_inputs_ND, batch.visual_scale_N)
             flat = flat.index_add(0, batch.visual_index_N, visual)
         if self.audio is not None:
-            codes_NQ = batch.audio_codes_BTQ.reshape(-1, batch.audio_codes_BTQ.shape[-1])
+            codes_NQ = batch.audio_codes_BTQ.flatten(0, 1)
             audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
             flat = flat.index_add(0, audio_N, self.audio.embed_steps(codes_NQ[audio_N]))
         if self.understanding is not None:
@@ -373,8 +325,13 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """Text entry, as every Transformers causal model: logits [B, T, vocab]; labels int64 [B, T] give the loss."""
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, submodel=submodel,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            submodel=submodel,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -383,15 +340,16 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return MoeCausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
-            attentions=output.attentions, router_logits=output.router_logits,
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            router_logits=output.router_logits,
         )
 
     def forward_packed(
-        self,
-        batch: PackedBatch,
-        submodel: SubModelSpec | None = None,
-        next_codes: torch.Tensor | None = None,
+        self, batch: PackedBatch, submodel: SubModelSpec | None = None, next_codes: torch.Tensor | None = None
     ) -> PackedOutput:
         """All modalities, teacher-forced: logits at every target of `batch`.
 
@@ -402,9 +360,14 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
         codes_BTQ = batch.next_codes_BTQ if next_codes is None else next_codes
         audio_index_S: torch.Tensor = (batch.next_codes_BTQ[..., :1].reshape(-1) >= 0).nonzero()[:, 0]
         stack = model.run_stack(
-            hidden, batch.position_BT3, dense_mask(batch.document_BT, batch.group_BT), submodel=submodel,
-            next_codes=codes_BTQ.reshape(-1, codes_BTQ.shape[-1])[audio_index_S], audio_index_S=audio_index_S,
-            valid_N=batch.document_BT.reshape(-1) >= 0, is_causal=False,
+            hidden,
+            batch.position_BT3,
+            dense_mask(batch.document_BT, batch.group_BT),
+            submodel=submodel,
+            next_codes=codes_BTQ.flatten(0, 1)[audio_index_S],
+            audio_index_S=audio_index_S,
+            valid_N=batch.document_BT.reshape(-1) >= 0,
+            is_causal=False,
         )
         flat = stack.hidden.reshape(-1, stack.hidden.shape[-1])
         text_index_N = (batch.text_targets_BT.reshape(-1) >= 0).nonzero()[:, 0]
@@ -412,6 +375,12 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
             model.visual.bit_head(flat[batch.bit_index_N]) if model.visual is not None else flat.new_zeros(0, 0)
         )
         return PackedOutput(
-            self.lm_head(flat[text_index_N]), text_index_N, stack.audio_logits, audio_index_S, bit_logits,
-            stack.hidden, stack.routing, stack.layers,
+            self.lm_head(flat[text_index_N]),
+            text_index_N,
+            stack.audio_logits,
+            audio_index_S,
+            bit_logits,
+            stack.hidden,
+            stack.routing,
+            stack.layers,
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
+from ernie_elastic.schema import RouterOutput
 
 
 class ErnieElasticTopKRouter(nn.Module):
@@ -33,7 +34,8 @@ class ErnieElasticTopKRouter(nn.Module):
         kept_experts int64 [E']: only these take part. Their rows alone are scored, which equals giving the others a
         logit of -inf, and makes the numbers bit-equal to those of an extracted model.
         """
-        weight_EH, bias_E = self.weight, self.e_score_correction_bias
+        weight_EH: torch.Tensor = self.weight
+        bias_E: torch.Tensor = self.e_score_correction_bias
         if kept_experts is not None:
             weight_EH, bias_E = weight_EH[kept_experts], bias_E[kept_experts]
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -44,3 +46,19 @@ class ErnieElasticTopKRouter(nn.Module):
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp(min=self.norm_min)
         ids_NK = chosen_NK if kept_experts is None else kept_experts[chosen_NK]
         return logits_NE, weights_NK.to(hidden_states.dtype), ids_NK
+
+
+def count_routing(
+    weights_NK: torch.Tensor, ids_NK: torch.Tensor, num_experts: int, valid_N: torch.Tensor | None
+) -> RouterOutput:
+    """Counts and routed mass per expert of weights [N, K] and ids int64 [N, K], padding (valid_N False) left out.
+
+    ours: logits are never stored.
+    """
+    with torch.no_grad():
+        ids, weights = ids_NK.detach(), weights_NK.detach().float()
+        if valid_N is not None:
+            ids, weights = ids[valid_N], weights[valid_N]
+        counts_E = torch.bincount(ids.reshape(-1), minlength=num_experts)
+        mass_E = torch.bincount(ids.reshape(-1), weights.reshape(-1), minlength=num_experts).float()
+    return RouterOutput(weights_NK, ids_NK, counts_E, mass_E)

@@ -86,7 +86,7 @@ class UnderstandingEncoder(nn.Module):
         for size in (1, VIDEO_FRAMES_PER_TOKEN):
             chosen = [part for part, pixels in zip(parts, items, strict=True) if (pixels.shape[1] == 1) == (size == 1)]
             merged[size] = self._merge(torch.cat([cnn_vit[:0], *chosen]), size)
-        return self._split(items, merged), 0.0 * sum(tokens.sum() for tokens in merged.values())
+        return self._split(items, merged), 0.0 * torch.stack([tokens.sum() for tokens in merged.values()]).sum()
 
     def _check(self, pixels: torch.Tensor) -> None:
         frames, height, width = pixels.shape[1:4]

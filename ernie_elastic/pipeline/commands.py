@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.stages import say
 
 Source = Annotated[Path | None, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
-def demo(*, size: Literal["full", "smoke"] = "full", run_dir: Path | None = None, ranks: int = 2, seed: int = 0) -> None:
+def demo(
+    *, size: Literal["full", "smoke"] = "full", run_dir: Path | None = None, ranks: int = 2, seed: int = 0
+) -> None:
     """Run the whole pipeline on the embedded world.
 
     Args:
@@ -234,11 +235,14 @@ def generate(
     from ernie_elastic.pipeline.generate import run_generate
 
     media = {"image": image, "video": video, "audio": audio}
-    run_generate(source, prompt, {k: v for k, v in media.items() if v is not None}, to, out, temperature, seed,
-                 max_new_tokens)
+    run_generate(
+        source, prompt, {k: v for k, v in media.items() if v is not None}, to, out, temperature, seed, max_new_tokens
+    )
 
 
-def evaluate(source: Source = None, /, *, out: Path, num_samples: int = 200, seed: int = 0, overwrite: Flag = False) -> None:
+def evaluate(
+    source: Source = None, /, *, out: Path, num_samples: int = 200, seed: int = 0, overwrite: Flag = False
+) -> None:
     """Score a model on held-out records of the embedded world, every accuracy beside its chance level.
 
     Args:
@@ -278,6 +282,16 @@ def doctor() -> None:
 
 
 __all__ = [
-    "compress", "decompress", "demo", "doctor", "evaluate", "extract", "generate", "info", "prepare_data", "pretrain",
-    "routing", "say", "train_tokenizer",
+    "compress",
+    "decompress",
+    "demo",
+    "doctor",
+    "evaluate",
+    "extract",
+    "generate",
+    "info",
+    "prepare_data",
+    "pretrain",
+    "routing",
+    "train_tokenizer",
 ]

@@ -10,16 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ernie_elastic.compression.directory import compress_directory, model_bytes
+from ernie_elastic.compression import compress_directory, model_bytes
 from ernie_elastic.compression.packed import set_kernel
 from ernie_elastic.elastic.extract import Request, extract_submodel, parameter_counts
 from ernie_elastic.elastic.importance import packed_rows
-from ernie_elastic.errors import CheckpointError, ErnieElasticError
+from ernie_elastic.errors import ErnieElasticError
 from ernie_elastic.evaluation.media import write_results
 from ernie_elastic.evaluation.speed import decode_tokens_per_s, resident_weight_bytes
 from ernie_elastic.evaluation.tasks import EvaluationConfig, evaluate
@@ -53,7 +54,9 @@ def demo_size(size: Literal["full", "smoke"], run_dir: Path | None, seed: int) -
         prepare=dataclasses.replace(base.prepare, seed=seed),
         training=dataclasses.replace(base.training, seed=seed),
     )
-    return DemoSize(run, "demo" if size == "full" else "debug", 200 if size == "full" else 8, 64 if size == "full" else 16)
+    return DemoSize(
+        run, "demo" if size == "full" else "debug", 200 if size == "full" else 8, 64 if size == "full" else 16
+    )
 
 
 def run_demo(size: Literal["full", "smoke"], run_dir: Path | None, ranks: int, seed: int) -> Path:
@@ -65,24 +68,29 @@ def run_demo(size: Literal["full", "smoke"], run_dir: Path | None, ranks: int, s
     clock.time("training", lambda: _train(sized, ranks))
     model_dir = resolve_model_dir(root)
     cuts = {
-        "submodel-half": Request(experts=_half(sized.run.model.num_experts), topk=_half(sized.run.model.num_experts_per_tok)),
+        "submodel-half": Request(
+            experts=_half(sized.run.model.num_experts), topk=_half(sized.run.model.num_experts_per_tok)
+        ),
         "submodel-shallow": Request(depth=sized.run.model.num_hidden_layers * 3 // 4),
     }
     for name, request in cuts.items():
-        clock.time(name, lambda n=name, r=request: _unless_made_from(
-            root / n, model_dir, lambda: extract_submodel(model_dir, root / n, r, overwrite=True)))
+        cut = partial(extract_submodel, model_dir, root / name, request, overwrite=True)
+        clock.time(name, partial(_unless_made_from, root / name, model_dir, cut))
     half, compressed = root / "submodel-half", root / "compressed"
-    clock.time("compress", lambda: _unless_made_from(
-        compressed, half, lambda: compress_directory(half, compressed, overwrite=True)))
-    rows = []
-    models = {"full": model_dir, "submodel-half": half, "submodel-shallow": root / "submodel-shallow",
-              "compressed": compressed}
-    for name, directory in models.items():
-        rows.append(clock.time(f"evaluate {name}", lambda n=name, d=directory: _evaluate(sized, n, d)))
+    squeeze = partial(compress_directory, half, compressed, overwrite=True)
+    clock.time("compress", partial(_unless_made_from, compressed, half, squeeze))
+    models = {
+        "full": model_dir,
+        "submodel-half": half,
+        "submodel-shallow": root / "submodel-shallow",
+        "compressed": compressed,
+    }
+    rows = [
+        clock.time(f"evaluate {name}", partial(_evaluate, sized, name, directory)) for name, directory in models.items()
+    ]
     equal = clock.time("bit equality", lambda: logits_bit_equal(half, compressed, root / "packed"))
-    clock.time("routing", lambda: _unless_made_from(
-        root / "routing", model_dir,
-        lambda: run_routing(model_dir, root / "routing", root / "packed", sized.routing_rows, overwrite=True)))
+    route = partial(run_routing, model_dir, root / "routing", root / "packed", sized.routing_rows, overwrite=True)
+    clock.time("routing", partial(_unless_made_from, root / "routing", model_dir, route))
     write_json(root / "summary.json", {"rows": rows, "logits_bit_equal": equal, "seconds": clock.seconds})
     report = write_demo_report(root)
     _print_summary(root, rows, equal, clock.seconds, report)
@@ -129,16 +137,28 @@ def _train(sized: DemoSize, ranks: int) -> None:
         say(f"pretrain: {last.parent.parent} is there already")
         return
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0", "-m", "ernie_elastic.cli", "pretrain", sized.preset,
-        "--run-dir", str(run.run_dir), "--tokenizers.seed", str(run.tokenizers.seed),
-        "--prepare.seed", str(run.prepare.seed), "--training.seed", str(training.seed),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        "-m",
+        "ernie_elastic.cli",
+        "pretrain",
+        sized.preset,
+        "--run-dir",
+        str(run.run_dir),
+        "--tokenizers.seed",
+        str(run.tokenizers.seed),
+        "--prepare.seed",
+        str(run.prepare.seed),
+        "--training.seed",
+        str(training.seed),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    try:
-        done = subprocess.run(command, env=environment, check=False)
-    except KeyboardInterrupt:
-        raise
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise ErnieElasticError(f"demo: training ended with exit code {done.returncode}; its message stands above")
 
@@ -158,13 +178,21 @@ def _evaluate(sized: DemoSize, name: str, directory: Path) -> dict[str, Any]:
     )
     total, active = parameter_counts_of(sized, name, model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with stage_output(out, EVALUATE_STAGE, {"num_samples": sized.num_samples}, parent=directory, overwrite=True) as temporary:
+    with stage_output(
+        out, EVALUATE_STAGE, {"num_samples": sized.num_samples}, parent=directory, overwrite=True
+    ) as temporary:
         table = write_results(results, temporary, name, tokenizers.audio.config.sample_rate)
         kernel = set_kernel(model, "fused") if name == "compressed" else f"torch {str(model.dtype)[6:]}"
         row = {
-            "model": name, "spec": model.config.full_spec().label(), "total_params": total, "active_params": active,
-            "model_bytes": model_bytes(directory), "resident_weight_bytes": resident_weight_bytes(model),
-            "kernel": kernel, "decode_tokens_per_s": round(decode_tokens_per_s(model), 1), "accuracy": table,
+            "model": name,
+            "spec": model.config.full_spec().label(),
+            "total_params": total,
+            "active_params": active,
+            "model_bytes": model_bytes(directory),
+            "resident_weight_bytes": resident_weight_bytes(model),
+            "kernel": kernel,
+            "decode_tokens_per_s": round(decode_tokens_per_s(model), 1),
+            "accuracy": table,
         }
         stored = {"row": row, "source": directory_hash(directory), "num_samples": sized.num_samples}
         write_json(temporary / "row.json", stored)
@@ -185,8 +213,10 @@ def logits_bit_equal(source: Path, compressed: Path, packed_dir: Path, num_rows:
     for batch in packed_rows(packed_dir, dense, num_rows):
         ours, theirs = dense.forward_packed(batch), packed.forward_packed(batch)
         pairs = [
-            (ours.text_logits_NV, theirs.text_logits_NV), (ours.bit_logits_ND, theirs.bit_logits_ND),
-            (ours.hidden_BTH, theirs.hidden_BTH), *zip(ours.audio_logits, theirs.audio_logits, strict=True),
+            (ours.text_logits_NV, theirs.text_logits_NV),
+            (ours.bit_logits_ND, theirs.bit_logits_ND),
+            (ours.hidden_BTH, theirs.hidden_BTH),
+            *zip(ours.audio_logits, theirs.audio_logits, strict=True),
         ]
         if not all(torch.equal(a, b) for a, b in pairs):
             return False
@@ -199,17 +229,23 @@ def _print_summary(
     tasks = list(rows[0]["accuracy"])
     say("")
     say(f"{'':18}" + "".join(f"{row['model']:>18}" for row in rows))
-    for name, show in (
-        ("spec", lambda row: row["spec"]), ("parameters", lambda row: f"{row['total_params']:,}"),
-        ("active", lambda row: f"{row['active_params']:,}"), ("model bytes", lambda row: f"{row['model_bytes']:,}"),
-        ("resident bytes", lambda row: f"{row['resident_weight_bytes']:,}"),
-        ("decode tokens/s", lambda row: f"{row['decode_tokens_per_s']:.0f}"),
-    ):
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "spec": lambda row: str(row["spec"]),
+        "parameters": lambda row: f"{row['total_params']:,}",
+        "active": lambda row: f"{row['active_params']:,}",
+        "model bytes": lambda row: f"{row['model_bytes']:,}",
+        "resident bytes": lambda row: f"{row['resident_weight_bytes']:,}",
+        "decode tokens/s": lambda row: f"{row['decode_tokens_per_s']:.0f}",
+    }
+    for name, show in columns.items():
         say(f"{name:18}" + "".join(f"{show(row):>18}" for row in rows))
     for task in tasks:
         cells = [row["accuracy"][task] for row in rows]
-        say(f"{task:18}" + "".join(f"{cell['value']:>18.1%}" for cell in cells)
-            + f"   chance {cells[0]['chance']:.1%}, n {cells[0]['n']}")
+        say(
+            f"{task:18}"
+            + "".join(f"{cell['value']:>18.1%}" for cell in cells)
+            + f"   chance {cells[0]['chance']:.1%}, n {cells[0]['n']}"
+        )
     half, compressed = rows[1], rows[3]
     say("")
     say(
@@ -220,6 +256,3 @@ def _print_summary(
     say(f"pictures, sounds and tables: {report}")
     say(f"routing: {root / 'routing' / 'index.html'}")
     say(f"numbers: {root / 'summary.json'}")
-
-
-__all__ = ["CheckpointError", "demo_size", "logits_bit_equal", "run_demo"]

@@ -36,15 +36,15 @@ def run_generate(
         if out is None:
             raise ConfigError(f"generate: --to {to} needs --out FILE ({' or '.join(SUFFIX[to])})")
         if out.suffix not in SUFFIX[to]:
-            raise ConfigError(f"generate: --out {out} ends in {out.suffix!r}; --to {to} writes {' or '.join(SUFFIX[to])}")
+            raise ConfigError(
+                f"generate: --out {out} ends in {out.suffix!r}; --to {to} writes {' or '.join(SUFFIX[to])}"
+            )
     tokenizers = load_tokenizers(source)
     segments = [read_media(kind, path, tokenizers) for kind, path in media.items()]
     if prompt is not None:
         segments.append(Segment("text", "input", text=prompt))
     model = load_model(source)
-    sampling = Sampling(
-        temperature=temperature, bit_temperature=temperature, seed=seed, max_new_tokens=max_new_tokens
-    )
+    sampling = Sampling(temperature=temperature, bit_temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
     result = answer(model, tokenizers, [segments], to, sampling)[0]
     if isinstance(result, str):
         say(result)
@@ -60,7 +60,9 @@ def read_media(kind: str, path: Path, tokenizers: Tokenizers) -> Segment:
     try:
         if kind == "audio":
             wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            return Segment("audio", "input", array=resample(wave.mean(axis=1), rate, tokenizers.audio.config.sample_rate))
+            return Segment(
+                "audio", "input", array=resample(wave.mean(axis=1), rate, tokenizers.audio.config.sample_rate)
+            )
         with Image.open(path) as picture:
             if kind == "image":
                 return Segment("image", "input", array=_square(picture, size))
@@ -78,7 +80,9 @@ def _frames(picture: Image.Image, size: int, path: Path) -> np.ndarray:
     if len(frames) == 1:  # frames side by side
         count = picture.width // picture.height
         if count * picture.height != picture.width:
-            raise DataError(f"--video {path} is {picture.width}x{picture.height}; a strip holds square frames side by side")
+            raise DataError(
+                f"--video {path} is {picture.width}x{picture.height}; a strip holds square frames side by side"
+            )
         frames = [
             _square(picture.crop((i * picture.height, 0, (i + 1) * picture.height, picture.height)), size)
             for i in range(count)

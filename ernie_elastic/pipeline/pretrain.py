@@ -25,7 +25,7 @@ def parse_run(prog: str, arguments: list[str]) -> tuple[str, RunConfig]:
     """(preset name, its config with overrides). Without a name the demo preset is meant."""
     import tyro
 
-    if not arguments or arguments[0].startswith("--") and arguments[0] != "--help":
+    if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
         arguments = ["demo", *arguments]
     presets = {name: (make.__doc__ or name, make()) for name, make in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, prog=prog, args=arguments)
@@ -34,7 +34,9 @@ def parse_run(prog: str, arguments: list[str]) -> tuple[str, RunConfig]:
 
 def run_pretrain(preset: str, run: RunConfig) -> Path:
     """Make what is missing (on rank 0, the others wait), then train. Returns the last checkpoint."""
-    marker = run.run_dir / f".ready-{os.environ.get('TORCHELASTIC_RUN_ID', 'single')}-{os.environ.get('MASTER_PORT', '0')}"
+    marker = (
+        run.run_dir / f".ready-{os.environ.get('TORCHELASTIC_RUN_ID', 'single')}-{os.environ.get('MASTER_PORT', '0')}"
+    )
     if is_main_process():
         make_inputs(run)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

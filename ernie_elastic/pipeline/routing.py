@@ -36,8 +36,11 @@ def trace_packed(
     if config.num_experts > expert_limit:
         raise ConfigError(f"routing: {config.num_experts} experts do not fit the trace's {expert_limit}")
     header = TraceHeader(
-        model=name, spec=config.full_spec().label(), num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok, layers=tuple(range(config.num_hidden_layers)),
+        model=name,
+        spec=config.full_spec().label(),
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        layers=tuple(range(config.num_hidden_layers)),
         source=f"{num_rows} packed rows of {packed_dir}, teacher-forced",
     )
     dtype = np.uint8 if config.num_experts <= 256 else np.uint16
@@ -54,7 +57,9 @@ def run_routing(
     directory = resolve_model_dir(source)
     packed = data or find_packed(directory)
     model = load_model(directory)
-    trace = trace_packed(model, packed, num_rows, directory.name if directory.name != "model" else str(directory.parent))
+    trace = trace_packed(
+        model, packed, num_rows, directory.name if directory.name != "model" else str(directory.parent)
+    )
     written = write_report(trace, out, f"Routing of {directory}", parent=directory, overwrite=overwrite)
     save_trace(out / "trace.npz", trace)
     say(f"routing: {len(trace.task)} tokens; wrote {out / 'index.html'}")

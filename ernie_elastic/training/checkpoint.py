@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.errors import CheckpointError
@@ -41,18 +42,18 @@ def export_model(
     model: ErnieElasticForCausalLM, directory: Path, tokenizers: Tokenizers | None, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a Transformers directory with weights rounded to `dtype` (the balance bias stays fp32)."""
-    config = copy.deepcopy(model.config)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() and name in parameters else tensor.dtype)
         for name, tensor in model.state_dict().items()
     }
-    for name, tensor in model.state_dict().items():
-        if name.endswith("e_score_correction_bias"):
-            state[name] = tensor.detach().to("cpu", torch.float32)
     with torch.device("meta"):
-        skeleton = ErnieElasticForCausalLM(config).to(dtype)
-    skeleton.load_state_dict(state, assign=True, strict=False)
+        skeleton = ErnieElasticForCausalLM(copy.deepcopy(model.config))
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(dtype)
+    skeleton.load_state_dict(state, assign=True)
     skeleton.tie_weights()
+    transformers_logging.disable_progress_bar()
     skeleton.save_pretrained(directory)
     if tokenizers is not None:
         tokenizers.save(directory / "tokenizers")
@@ -158,6 +159,12 @@ def load_checkpoint(directory: Path, engine: Engine, ledger: RoutingLedger) -> i
 
 
 __all__ = [
-    "MODEL_STAGE", "checkpoint_problem", "directory_hash", "export_model", "latest_checkpoint", "list_steps",
-    "load_checkpoint", "save_checkpoint",
+    "MODEL_STAGE",
+    "checkpoint_problem",
+    "directory_hash",
+    "export_model",
+    "latest_checkpoint",
+    "list_steps",
+    "load_checkpoint",
+    "save_checkpoint",
 ]

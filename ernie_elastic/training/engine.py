@@ -47,7 +47,7 @@ class LossModule(nn.Module):
         self.weights, self.world_size = weights, world_size
 
     def forward(self, batch: PackedBatch, spec: SubModelSpec) -> tuple[torch.Tensor, MicroResult]:
-        """The loss to differentiate, and what to log."""
+        """The scalar loss to differentiate, and what to log; batch holds tensors [B, T]."""
         output = self.model.forward_packed(batch, submodel=spec)
         sums, counts = modality_sums(output, batch)
         loss, sums, counts = combine(sums, counts, self.weights, all_reduce_sum, self.world_size)
@@ -65,7 +65,7 @@ def world_size() -> int:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor itself without a process group."""
+    """Sum over ranks of a tensor of any shape, in place; the tensor itself without a process group."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -86,7 +86,8 @@ def seed_everything(seed: int) -> None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only; norms, biases and embeddings are left alone (ours: the field's habit)."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and "embed" not in name and "position" not in name
         (decay if matrix else plain).append(parameter)
@@ -147,12 +148,15 @@ class TorchEngine(Engine):
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=training.step_limit_s))
         self.device = _device()
-        self.model = model.to(self.device).train()
+        self.model = model.train()
+        nn.Module.to(self.model, self.device)
         self.module = LossModule(self.model, training.loss_weights, ranks)
         self.training, self.ranks = training, ranks
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
-            betas=(training.beta1, training.beta2), foreach=True,
+            parameter_groups(model, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            foreach=True,
         )
 
     def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
@@ -208,8 +212,10 @@ class DeepSpeedEngine(Engine):
             )
         module = LossModule(model, training.loss_weights, ranks)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, training.weight_decay), lr=training.learning_rate,
-            betas=(training.beta1, training.beta2), foreach=True,
+            parameter_groups(model, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(training.beta1, training.beta2),
+            foreach=True,
         )
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.engine.train()
@@ -257,8 +263,13 @@ def _device() -> torch.device:
 
 
 def _default_launcher_environment() -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "29511")):
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29511"),
+    ):
         os.environ.setdefault(name, value)
 
 

@@ -61,7 +61,10 @@ def pretrain(
     config = model_config(tokenizers)
     check_space(config)
     resolved = {
-        "preset": preset, "model": config.to_dict(), "training": training, "elastic": elastic,
+        "preset": preset,
+        "model": config.to_dict(),
+        "training": training,
+        "elastic": elastic,
         "packed": packed.fingerprint,
     }
     _check_same_run(run_dir, resolved)
@@ -98,8 +101,14 @@ def _check_same_run(run_dir: Path, resolved: dict[str, Any]) -> None:
 def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flat dotted keys of what must not change between start and resume."""
     free = {
-        "fingerprint", "training.steps", "training.checkpoint_every", "training.keep_checkpoints",
-        "training.log_every", "training.wandb", "training.step_limit_s", "model.transformers_version",
+        "fingerprint",
+        "training.steps",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "training.log_every",
+        "training.wandb",
+        "training.step_limit_s",
+        "model.transformers_version",
     }
     flat: dict[str, Any] = {}
     for key, item in value.items():
@@ -141,8 +150,14 @@ class _Run:
             return checkpoint
         self._print_setup()
         loader = PackedLoader(
-            PackedCorpus(self.packed_dir), layout_of(self.config), self.training.rows_per_step,
-            int(packed_config["row_length"]), self.training.seed, self.training.flips, rank(), world_size(),
+            PackedCorpus(self.packed_dir),
+            layout_of(self.config),
+            self.training.rows_per_step,
+            int(packed_config["row_length"]),
+            self.training.seed,
+            self.training.flips,
+            rank(),
+            world_size(),
             self.training.micro_batches,
         )
         writer = self._writer(start)
@@ -201,20 +216,27 @@ class _Run:
     ) -> dict[str, Any]:
         sums = torch.stack([result.sums for result in results]).sum(0)
         weights = torch.stack([result.counts for result in results]).sum(0)
-        losses = {
-            name: float(sums[i] / weights[i]) for i, name in enumerate(MODALITIES) if float(weights[i]) > 0
-        }
+        losses = {name: float(sums[i] / weights[i]) for i, name in enumerate(MODALITIES) if float(weights[i]) > 0}
         total = sum(value * getattr(self.training.loss_weights, name) for name, value in losses.items())
         bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in self.engine.model.model.layers])
         return {
-            "step": step, "loss": total, "losses": losses, "lr": lr, "grad_norm": norm,
-            "tokens_per_s": positions / seconds, "positions": int(positions), "seconds": seconds,
+            "step": step,
+            "loss": total,
+            "losses": losses,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_s": positions / seconds,
+            "positions": int(positions),
+            "seconds": seconds,
             "load_max_over_mean": load_max_over_mean(counts, spec),
             "dead_experts": int((counts[list(spec.layers)] == 0).sum()) if spec == self.config.full_spec() else None,
             "bias_range": float(bias.max() - bias.min()),
             "spec": {
-                "label": spec.label(), "num_layers": len(spec.layers), "num_experts": spec.num_experts,
-                "top_k": spec.top_k, "layers": list(spec.layers),
+                "label": spec.label(),
+                "num_layers": len(spec.layers),
+                "num_experts": spec.num_experts,
+                "top_k": spec.top_k,
+                "layers": list(spec.layers),
             },
         }
 
@@ -227,8 +249,11 @@ class _Run:
             f"{self.config.num_hidden_layers} layers, {self.config.num_experts} experts, top-"
             f"{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
             f"{self.config._experts_implementation} | elastic "
-            + (f"full depth/width/sparsity {elastic.full_depth:.0%}/{elastic.full_width:.0%}/{elastic.full_sparsity:.0%}"
-               if elastic.enabled else "off")
+            + (
+                f"full depth/width/sparsity {elastic.full_depth:.0%}/{elastic.full_width:.0%}/{elastic.full_sparsity:.0%}"
+                if elastic.enabled
+                else "off"
+            )
         )
 
 

@@ -45,7 +45,7 @@ def test_sentences_name_the_tasks_layers_and_values():
     sentence = findings.entropy_sentence(counts)
     assert sentence.startswith("Text is routed most evenly (mean 1.00) and Image Generation least")
     assert sentence.endswith("the lowest point is Image Generation in layer 11 (0.00).")
-    assert "Of 8 experts in 2 layers, 5 are" in findings.heat_map_sentence(counts)
+    assert "Of 8 experts in 2 layers, 3 are" in findings.heat_map_sentence(counts)
 
 
 def test_one_task_alone_has_sentences_too():

@@ -22,8 +22,13 @@ def run(tmp_path: Path, ranks: int, *arguments: str) -> dict:
     out = tmp_path / "result.json"
     command = [sys.executable]
     if ranks > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d",
-                    "--rdzv_endpoint=localhost:0"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     done = subprocess.run(
         [*command, str(WORKER), str(out), *arguments], env=environment, capture_output=True, text=True, timeout=200
@@ -40,16 +45,16 @@ def single(tmp_path_factory) -> dict:
 def close(result: dict, expected: dict) -> None:
     assert result["specs"] == expected["specs"]
     assert len(set(result["specs"])) > 1, "elastic steps must occur"
-    torch.testing.assert_close(
-        torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-5)
     assert result["bias"] == expected["bias"]
     for name, value in expected["weights"].items():
         assert result["weights"][name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["1", pytest.param("0", marks=pytest.mark.slow), pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["1", pytest.param("0", marks=pytest.mark.slow), pytest.param("2", marks=pytest.mark.slow)]
+)
 def test_deepspeed_on_two_ranks_equals_torch_on_one(stage, single, tmp_path):
     close(run(tmp_path, 2, "deepspeed", stage, str(STEPS)), single)
 

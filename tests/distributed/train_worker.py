@@ -38,8 +38,13 @@ def main() -> None:
     torch.set_num_threads(1)
     model = tiny_model(initializer_range=0.05)
     training = TrainingConfig(
-        rows_per_step=ROWS, engine=engine_name, zero_stage=stage, micro_batches=micro, learning_rate=1e-2,
-        weight_decay=0.1, step_limit_s=60,
+        rows_per_step=ROWS,
+        engine=engine_name,
+        zero_stage=stage,
+        micro_batches=micro,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        step_limit_s=60,
     )
     elastic = ElasticConfig(full_depth=0.3, full_width=0.3, full_sparsity=0.3)
     engine = make_engine(model, training)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """True when both have the same shape, dtype and bits, NaN payloads and signs of zeros included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     kind = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

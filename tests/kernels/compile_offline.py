@@ -1,6 +1,7 @@
-"""Compiles the Triton kernels for GPUs that are not here and prints what came out, as JSON. Run without TRITON_INTERPRET.
+"""Compiles the Triton kernels for GPUs that are not here and prints what came out, as JSON.
 
-`--all` adds the plain twins and the larger batch. One object per (kernel, architecture): {"kernel", "arch", "cubin_bytes", "shared_bytes", "has_mma"}.
+Runs without TRITON_INTERPRET. `--all` adds the plain twins and the larger batch. One object per kernel and
+architecture: {"kernel", "arch", "cubin_bytes", "shared_bytes", "has_mma"}.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     found = []
     for name, (function, signature, constants) in cases.items():
         for arch in ARCHITECTURES:
-            types = signature | {constant: "constexpr" for constant in constants}
+            types = signature | dict.fromkeys(constants, "constexpr")
             source = ASTSource(fn=function, signature=types, constexprs=constants)
             kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32))
             found.append(

@@ -56,9 +56,7 @@ def test_missing_compiler_is_a_reason(source: Path, monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
-def test_cache_that_cannot_be_made_is_a_reason(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_that_cannot_be_made_is_a_reason(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = native.build_and_load(source)
@@ -68,7 +66,8 @@ def test_cache_that_cannot_be_made_is_a_reason(
 def test_process_without_a_compiler_runs_the_reference(tmp_path: Path) -> None:
     code = (
         "import torch\nfrom ernie_elastic.errors import ConfigError\nfrom ernie_elastic.kernels import zip_gemv\n"
-        "assert zip_gemv.available_backends() == ('reference',)\nassert 'no C++ compiler' in zip_gemv.backend_reason()\n"
+        "assert zip_gemv.available_backends() == ('reference',)\n"
+        "assert 'no C++ compiler' in zip_gemv.backend_reason()\n"
         "w = torch.randn(9, 33).bfloat16()\np = zip_gemv.pack(w)\nassert torch.equal(zip_gemv.unpack(p), w)\n"
         "try:\n    zip_gemv.unpack(p, backend='native')\nexcept ConfigError as error:\n    print(error)\n"
     )

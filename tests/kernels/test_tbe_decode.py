@@ -64,7 +64,7 @@ def test_stored_codec_writes_these_planes() -> None:
 
 
 def test_wrong_inputs_are_named() -> None:
-    with pytest.raises(ConfigError, match="torch.float32"):
+    with pytest.raises(ConfigError, match=r"torch\.float32"):
         tbe_decode.encode(torch.zeros(4))
     planes = tbe_decode.encode(gaussian(100))
     with pytest.raises(FormatError, match="planes has 0 elements"):

@@ -13,12 +13,26 @@ SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
 
 def tiny_config(**changes: object) -> ErnieElasticConfig:
     fields: dict[str, object] = {
-        "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 12, "moe_intermediate_size": 24, "num_experts": 6,
-        "num_experts_per_tok": 2, "visual_bits": 5, "visual_scales": SCALES,
-        "visual_amplitudes": [0.5, 0.4, 0.3, 0.2], "understanding_patch": 4, "understanding_width": 16,
-        "understanding_heads": 2, "understanding_image_size": 16, "audio_num_levels": 3, "audio_codebook_size": 11,
-        "mrope_layout": "interleaved", "initializer_range": 0.2,
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "visual_bits": 5,
+        "visual_scales": SCALES,
+        "visual_amplitudes": [0.5, 0.4, 0.3, 0.2],
+        "understanding_patch": 4,
+        "understanding_width": 16,
+        "understanding_heads": 2,
+        "understanding_image_size": 16,
+        "audio_num_levels": 3,
+        "audio_codebook_size": 11,
+        "mrope_layout": "interleaved",
+        "initializer_range": 0.2,
     }
     return ErnieElasticConfig(**{**fields, **changes})
 
@@ -55,8 +69,16 @@ DOCUMENTS = {
     "text_to_video": [("text", "input"), ("video", "target")],
     "text_to_audio": [("text", "input"), ("audio", "target")],
     "mixed": [
-        ("text", "target"), ("image", "target"), ("text", "target"), ("audio", "target"), ("video", "input"),
-        ("text", "input"), ("video", "target"), ("audio", "input"), ("image", "input"), ("text", "target"),
+        ("text", "target"),
+        ("image", "target"),
+        ("text", "target"),
+        ("audio", "target"),
+        ("video", "input"),
+        ("text", "input"),
+        ("video", "target"),
+        ("audio", "input"),
+        ("image", "input"),
+        ("text", "target"),
     ],
 }
 

@@ -15,10 +15,7 @@ from ernie_elastic.schema import SubModelSpec
 from tests.modeling.common import DOCUMENTS, random_parts, tiny_model
 
 TOLERANCE = 1e-5
-SPECS = {
-    "full": None,
-    "cut": SubModelSpec((1, 3, 4, 5), ((0, 2, 5), (1, 2, 3, 4), (0, 1), (0, 1, 2, 3, 4, 5)), 1),
-}
+SPECS = {"full": None, "cut": SubModelSpec((1, 3, 4, 5), ((0, 2, 5), (1, 2, 3, 4), (0, 1), (0, 1, 2, 3, 4, 5)), 1)}
 
 
 def replay_cached(model, document, submodel):
@@ -33,8 +30,14 @@ def replay_cached(model, document, submodel):
         codes = document.next_codes[start:end]
         index = (codes[:, 0] >= 0).nonzero()[:, 0]
         out = model.model.run_stack(
-            embedded[:, start:end], batch.position_BT3[:, start:end], None, cache, submodel,
-            next_codes=codes[index], audio_index_S=index, is_causal=False,
+            embedded[:, start:end],
+            batch.position_BT3[:, start:end],
+            None,
+            cache,
+            submodel,
+            next_codes=codes[index],
+            audio_index_S=index,
+            is_causal=False,
         )
         hidden.append(out.hidden)
         for level, logits in enumerate(out.audio_logits):
@@ -89,7 +92,8 @@ class Recorder(GroupDecoder):
 def prompts_of(model, marker):
     layout = layout_of(model.config)
     parts = [
-        random_parts("text", 1, model.config)[:1], random_parts("image_to_text", 2, model.config)[:1],
+        random_parts("text", 1, model.config)[:1],
+        random_parts("image_to_text", 2, model.config)[:1],
         random_parts("audio_to_text", 3, model.config)[:1],
     ]
     prompts = [build_document(part, layout, opener=marker) for part in parts]
@@ -121,8 +125,9 @@ def test_generated_pictures_equal_teacher_forcing(kind):
     for row, total in enumerate(totals):
         frames = len(total)
         bits = [
-            torch.stack([decoder.bits[f * scales + k][row].unflatten(0, layout.quantizer.scales[k])
-                         for f in range(frames)])
+            torch.stack(
+                [decoder.bits[f * scales + k][row].unflatten(0, layout.quantizer.scales[k]) for f in range(frames)]
+            )
             for k in range(scales)
         ]
         codes = layout.quantizer.replay(bits)

@@ -21,15 +21,7 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix, pack
 
-__all__ = [
-    "PackedMatrix",
-    "available_backends",
-    "backend_reason",
-    "matmul",
-    "pack",
-    "unpack",
-    "unpack_rows",
-]
+__all__ = ["PackedMatrix", "available_backends", "backend_reason", "matmul", "pack", "unpack", "unpack_rows"]
 Backend = Literal["auto", "native", "reference"]
 logger = logging.getLogger(__name__)
 

@@ -64,8 +64,7 @@ ZIP_AVX2 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, ui
   const __m256i table = load_table(m.table);
   for (int64_t i = begin; i < end; i += kGroup) {
     const uint8_t* codes = m.codes + 3 * (i / 8);
-    if (i % 128 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
-    if (i % 64 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(m.low + i + kPrefetch), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T0);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i - begin)), high_bytes(codes, table));
   }
 }
@@ -94,6 +93,7 @@ struct Streams {
   const uint8_t *low, *high;
   static constexpr bool kStreams = true;
   ZIP_AVX2 void load32(int64_t i, __m256i& a, __m256i& b) const {
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
     const __m256i l = load(low + i), h = load(high + i);
     a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
   }

@@ -94,8 +94,7 @@ ZIP_AVX512 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, 
   const __m512i fields = _mm512_load_si512(indices().fields);
   for (int64_t i = begin; i < end; i += kGroup) {
     const uint8_t* codes = m.codes + 3 * (i / 8);
-    if (i % 128 < kGroup) _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(m.low + i + kPrefetch), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T0);
     _mm512_storeu_si512(out + (i - begin), high_bytes(codes, table, spread, fields));
   }
 }
@@ -123,6 +122,7 @@ struct Streams {
     return {_mm512_load_si512(indices().even), _mm512_load_si512(indices().odd)};
   }
   ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
     const __m512i both = join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + i));
     even = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
     odd = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));

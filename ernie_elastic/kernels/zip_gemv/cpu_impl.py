@@ -65,11 +65,11 @@ def _library() -> ctypes.CDLL:
 def prepare(packed: PackedMatrix, level: int = len(LEVELS) - 1) -> int:
     """Address of the matrix as C++ sees it, made at the first call and kept with the matrix and its arrays.
 
-    level: the highest index of LEVELS to use (tests compare them). Raises ConfigError for arrays that C++ cannot read
-    as they are.
+    level: the highest index of LEVELS that the first call allows (tests compare them). Raises ConfigError for arrays
+    that C++ cannot read as they are.
     """
     kept = packed.prepared.get("native")
-    if kept is None or kept[0].level != level:
+    if kept is None:
         arrays = [packed.tensors[name] for name in reference.DTYPES]
         if any(array.device.type != "cpu" or not array.is_contiguous() for array in arrays):
             raise ConfigError(f"zip_gemv: packed matrix {packed.shape} is not contiguous on cpu; pack it anew there")

@@ -23,7 +23,11 @@ namespace zip {
 constexpr int64_t kBlock = 256;       // weights that one fallback list covers
 constexpr int64_t kLane = 32;         // partial sums of a dot product
 constexpr int64_t kSegment = 4096;    // weights whose high bytes stay in L1 between the two phases of a product
-constexpr int64_t kPrefetch = 1024;   // bytes ahead
+constexpr int64_t kPrefetch = 1024;   // bytes ahead in a plain matrix
+// A product asks for the next segment while it works on this one: for codes and lists in its first phase, for low bytes
+// in its second, so that memory is never idle.
+constexpr int64_t kCodesAhead = kSegment / 8 * 3;
+constexpr int64_t kLowAhead = kSegment;
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Passed from Python as it is (cpu_impl.Matrix). level: the highest instruction set that may be used.

@@ -156,7 +156,8 @@ def _pack_codes(code_N: Tensor) -> Tensor:
 def _bytes_of_range(packed: PackedMatrix, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Low and high bytes (u8, both [end - begin]) of the flat weights begin..end; begin is a multiple of BLOCK."""
     tensors, wanted = packed.tensors, end - begin
-    end = min(-(-end // BLOCK) * BLOCK, tensors["low"].numel())  # whole blocks, so that all their fallbacks have a place
+    # Whole blocks, so that all their fallbacks have a place.
+    end = min(-(-end // BLOCK) * BLOCK, tensors["low"].numel())
     low_N = tensors["low"][begin:end]
     triple = tensors["codes"][3 * (begin // 8) : 3 * -(-end // 8)].reshape(-1, 3).int()
     word = triple[:, 0] | triple[:, 1] << 8 | triple[:, 2] << 16

@@ -149,6 +149,13 @@ bool multiply_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end
     };
     decode_range(w, level, first, last, simd, [&](int64_t i) { high[i - first] = w.high_at(i); });
     if (!patch_fallbacks<1>(w, first, last, high)) return false;
+#ifdef ZIP_X86
+    const int64_t met = w.offsets[last / kBlock];
+    for (int64_t ahead = 0; ahead < 256; ahead += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(w.positions + met + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w.highs + met + ahead), _MM_HINT_T0);
+    }
+#endif
     dot_streams(level, w.low + first, high, stop - row, columns, p, p.y + (row - y_row));
   }
   return true;

@@ -1,0 +1,1 @@
+"""Benchmarks: one file each, found by `run.py`; `common.py` says what such a file contains."""
