@@ -8,7 +8,7 @@
 #   make clean      remove .venv and the tools' caches; runs/ stays
 #
 # TORCH_INDEX_URL adds a package index that is searched for torch too, so that a machine without a GPU can choose the
-# CPU build: make setup TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu. Empty = pip's own configuration.
+# CPU build: make setup TORCH_INDEX_URL=<index>. Empty = pip's own configuration.
 
 .DEFAULT_GOAL := help
 

@@ -177,7 +177,7 @@ def build_page(
     about += [header.source] if header.source else []
     about += [f"compared with {other}"] if other else []
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in cautions)
-    tables = json.dumps(hover_tables(counts, comparison)).replace("<", "\\u003c")
+    tables = json.dumps(hover_tables(counts, comparison))
     meaning = "".join(f"<li>{html.escape(line)}</li>" for line in DEFINITIONS)
     return "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -157,7 +157,7 @@ def _decode_dense(reader: BodyReader, header: Header) -> npt.NDArray[np.uint16]:
             size = min(CHUNK, count - begin)
             at8, end8 = begin // 8, -(-(begin + size) // 8)
             bits = [np.unpackbits(planes_E3P[e, k, at8:end8], count=size, bitorder="little") for k in range(3)]
-            code_N: Bytes = bits[0] | bits[1] << 1 | bits[2] << 2
+            code_N = bits[0] | bits[1] << np.uint8(1) | bits[2] << np.uint8(2)
             missing_F = np.flatnonzero(code_N == 0)
             found = np.bincount(missing_F // TILE, minlength=-(-size // TILE))
             expected = per_tile_ET[e, begin // TILE : begin // TILE + found.size]

@@ -103,17 +103,18 @@ class CompressedConfig(PreTrainedConfig):
         if model_type not in CONFIG_MAPPING:
             raise ConfigError(
                 f"config.json: the model inside is of type {model_type!r}, which Transformers does not know; import "
-                "the package that defines it first, or load with trust_remote_code=True where neither is imported"
+                "the package that defines it, or call CompressedConfig.from_pretrained(DIR, trust_remote_code=True), first"
             )
         return CONFIG_MAPPING[model_type].from_dict(original, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As `from_dict`, reading the directory. Called by AutoConfig once the caller has trusted the directory's code:
+        """As `from_dict`, reading the directory.
 
-        then the original config's own code is imported too, which is how its model type becomes known.
+        trust_remote_code=True also imports the original config's own code from the directory, which makes its model
+        type known from then on. AutoConfig comes here only after its caller has trusted the directory's code.
         """
-        trusted = kwargs.get("_from_auto", False)
+        trusted = kwargs.pop("trust_remote_code", False) or kwargs.get("_from_auto", False)
         config_dict, unused = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         original = (config_dict.get(ORIGINAL_KEY) or {}).get(INNER_KEY) or {}
         reference = (original.get("auto_map") or {}).get("AutoConfig")

@@ -104,6 +104,7 @@ def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         "fingerprint",
         "training.steps",
         "training.checkpoint_every",
+        "training.stop_after",
         "training.keep_checkpoints",
         "training.log_every",
         "training.wandb",
@@ -161,16 +162,19 @@ class _Run:
             self.training.micro_batches,
         )
         writer = self._writer(start)
+        stop = self.training.steps
+        if self.training.stop_after:
+            stop = min(stop, start + self.training.stop_after)
         try:
             with progress(total=self.training.steps, desc="pretrain", unit="step", initial=start) as bar:
-                for step, batches in loader.steps(start, self.training.steps):
+                for step, batches in loader.steps(start, stop):
                     record = self.step(step, batches)
                     if writer is not None:
                         writer.write(record)
                     bar.set_postfix_str(_short(record), refresh=False)
                     bar.update()
                     done, every = step + 1, self.training.checkpoint_every
-                    if done == self.training.steps or (every and done % every == 0):
+                    if done == stop or (every and done % every == 0):
                         checkpoint = self._save(done)
         finally:
             if writer is not None:

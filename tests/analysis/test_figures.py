@@ -48,7 +48,11 @@ def cell(region: Region, table: np.ndarray, row: int, column: int) -> float:
 
 
 def test_regions_point_at_the_numbers_they_show(counts, panels):
-    frequency, iou, entropy = st.specialization(counts), st.quarter_iou(counts), st.normalized_entropy(counts)
+    # Every number of these stands for its own place, so that no two can be mistaken for each other.
+    frequency, iou, entropy = (
+        np.arange(values.size).reshape(values.shape)
+        for values in (st.specialization(counts), st.quarter_iou(counts), st.normalized_entropy(counts))
+    )
     bars = panels["figure8_middle"]
     assert cell(bars.regions[4], frequency, 0, 6) == frequency[4, 1, 6]
     assert bars.regions[4].rows == ("Video Generation",)

@@ -67,6 +67,13 @@ def test_unused_experts_are_in_no_quarter():
     assert st.quarter_iou(counts)[0, 0, 1] == 0.0
 
 
+def test_many_equal_experts_give_the_lowest_ids():
+    rng = np.random.default_rng(0)
+    use = rng.integers(1, 3, 256)  # ones and twos, far more twos than the quarter holds
+    quarter = np.flatnonzero(st.most_used_quarter(table([use.tolist()]))[0, 0])
+    assert quarter.tolist() == np.flatnonzero(use == 2)[:64].tolist()
+
+
 def test_quarter_rounds_up():
     assert st.most_used_quarter(table([[5, 4, 3, 2, 1]])).sum() == 2
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
 
 from ernie_elastic.analysis.trace import (
     RoutingCounts,
@@ -138,24 +136,26 @@ def test_saving_twice_gives_the_same_bytes_and_leaves_no_other_file(tmp_path):
 def same(first: RoutingTrace, second: RoutingTrace) -> bool:
     return (
         np.array_equal(first.expert_ids, second.expert_ids) and np.array_equal(first.task, second.task)
+        and first.phase is not None and np.array_equal(first.phase, second.phase)
         and first.header == second.header and first.task_names == second.task_names
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=some.floats(0, 1, exclude_max=True), mask=some.integers(1, 255))
-def test_a_changed_byte_is_noticed_or_harmless(tmp_path, place, mask):
+def test_every_changed_byte_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "t.npz"
     save_trace(path, tiny())
-    data = bytearray(path.read_bytes())
-    data[int(place * len(data))] ^= mask
-    path.write_bytes(bytes(data))
-    try:
-        again = load_trace(path)
-    except FormatError as error:
-        assert str(path) in str(error)
-    else:  # a byte that carries nothing, such as a time stamp of the archive
-        assert same(again, tiny())
+    whole, noticed = path.read_bytes(), 0
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(bytes(data))
+        try:
+            again = load_trace(path)
+        except FormatError as error:
+            noticed += str(path) in str(error)
+        else:  # a byte that carries nothing, such as a time stamp of the archive
+            assert same(again, tiny()), place
+    assert noticed > len(whole) / 2
 
 
 def test_every_cut_is_noticed(tmp_path):

@@ -22,7 +22,36 @@ EXECUTED_BY_CI = ("make setup", "make check", "make test", "make demo")
 
 # Each line is run, as written, by tests/pipeline in a folder that holds a smoke-size run. Add a line here when a
 # document shows a command or a flag that is not covered yet.
-EXECUTED: tuple[str, ...] = ()
+EXECUTED: tuple[str, ...] = (
+    "ernie-elastic --help",
+    "ernie-elastic --version",
+    "ernie-elastic doctor",
+    "ernie-elastic train-tokenizer text --out tokenizers/text --size smoke",
+    "ernie-elastic train-tokenizer visual --out tokenizers/visual --size smoke",
+    "ernie-elastic train-tokenizer audio --out tokenizers/audio --size smoke",
+    "ernie-elastic prepare-data --tokenizers tokenizers --out packed --num-records 300",
+    "torchrun --nproc_per_node=2 scripts/pretrain.py debug --training.steps 16 --training.stop-after 10",
+    "torchrun --nproc_per_node=2 scripts/pretrain.py debug --training.steps 16",
+    "torchrun --nproc_per_node=2 scripts/pretrain.py debug --training.steps 16 --run-dir runs/whole "
+    "--tokenizers-dir runs/debug/tokenizers --packed-dir runs/debug/packed",
+    "extract_submodel runs/debug --depth 6 --experts 4 --topk 1 --out submodel",
+    "extract_submodel --experts 5 --topk 2 --data runs/debug/packed --out submodel-measured",
+    "extract_submodel runs/debug --budget 350KiB --out submodel-fitting",
+    "extract_submodel runs/debug --drop-modality audio --depth 3 --out submodel-silent",
+    "ernie-elastic compress submodel --out compressed",
+    "ernie-elastic info compressed",
+    "ernie-elastic decompress compressed --out restored",
+    'ernie-elastic generate compressed --prompt "a large red circle in the centre" --to image --out picture.png',
+    'ernie-elastic generate compressed --image picture.png --prompt "what shape is it ?"',
+    'ernie-elastic generate submodel --prompt "a small blue square moves left" --to video --out video.gif',
+    "ernie-elastic generate submodel --video strip.png",
+    'ernie-elastic generate runs/debug --prompt "play c e g" --to audio --out sound.wav',
+    "ernie-elastic generate runs/debug --audio phrase.wav",
+    "ernie-elastic evaluate compressed --out evaluation --num-samples 4",
+    "ernie-elastic routing compressed --data runs/debug/packed --out report",
+    "python scripts/bench/run.py --list",
+    "python scripts/bench/run.py codec --quick --json codec.json",
+)
 
 
 @dataclass(frozen=True)

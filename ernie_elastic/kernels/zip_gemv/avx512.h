@@ -122,7 +122,7 @@ struct Streams {
     return {_mm512_load_si512(indices().even), _mm512_load_si512(indices().odd)};
   }
   ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
-    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T1);
     const __m512i both = join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + i));
     even = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
     odd = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));

@@ -69,25 +69,31 @@ inline Level supported_level(int64_t wanted) {
 template <int kStride>
 bool patch_fallbacks(const Matrix& m, int64_t begin, int64_t end, uint8_t* out) {
   uint8_t nowhere = 0;
+  const uint8_t *positions = m.positions, *highs = m.highs;  // the byte writes below may alias m
+  const int32_t* offsets = m.offsets;
+  const int64_t fallbacks = m.fallbacks;
   for (int64_t block = begin / kBlock; block * kBlock < end; ++block) {
-    const int64_t first = m.offsets[block], last = m.offsets[block + 1], base = block * kBlock;
-    if (first < 0 || last < first || last > m.fallbacks) return false;
+    const int64_t first = offsets[block], last = offsets[block + 1], base = block * kBlock;
+    if (first < 0 || last < first || last > fallbacks) return false;
     int64_t k = first;
     if (base >= begin && base + kBlock <= end) {
       uint8_t* place = out + (base - begin) * kStride + kStride - 1;
-      if (k + 8 <= m.fallbacks) {  // the usual count is 3 to 8: eight writes without a branch
+      if (k + 8 <= fallbacks) {  // the usual count is 3 to 8: eight writes, those beyond the list to `nowhere`
+        const uintptr_t away = reinterpret_cast<uintptr_t>(&nowhere), shift = reinterpret_cast<uintptr_t>(place) - away;
         for (int j = 0; j < 8; ++j) {
-          uint8_t* target = k + j < last ? place + int64_t(m.positions[k + j]) * kStride : &nowhere;
-          *target = m.highs[k + j];
+          // Arithmetic, since a branch would be mispredicted for every other block.
+          const uintptr_t valid = uintptr_t((k + j - last) >> 63);
+          const uintptr_t target = away + ((shift + positions[k + j] * uintptr_t(kStride)) & valid);
+          *reinterpret_cast<uint8_t*>(target) = highs[k + j];
         }
         k += 8;
       }
-      for (; k < last; ++k) place[int64_t(m.positions[k]) * kStride] = m.highs[k];
+      for (; k < last; ++k) place[int64_t(positions[k]) * kStride] = highs[k];
       continue;
     }
     for (; k < last; ++k) {
-      const int64_t i = base + m.positions[k];
-      if (i >= begin && i < end) out[(i - begin) * kStride + kStride - 1] = m.highs[k];
+      const int64_t i = base + positions[k];
+      if (i >= begin && i < end) out[(i - begin) * kStride + kStride - 1] = highs[k];
     }
   }
   return true;

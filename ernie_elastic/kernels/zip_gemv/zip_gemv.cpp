@@ -17,6 +17,7 @@ namespace {
 
 // Below this many weights per thread a thread costs more than it saves.
 constexpr int64_t kWeightsPerThread = 1 << 19;
+constexpr int64_t kShortRow = 1024;  // columns
 
 // Decodes the flat range [begin, end): whole groups by `simd(level, from, to)`, the rest by `scalar(i)`.
 template <class Simd, class Scalar>
@@ -75,21 +76,23 @@ bool decode_any(const Matrix& m, int64_t first, int64_t last, uint8_t* out, int 
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// Calls tile(Int<R>, Int<T>, row, t) for tiles of R rows and T rows of x (T at most kTile) that cover rows and p.m. One
-// row of x takes two rows at once: twice the independent sums hide the latency of the FMA. kWide: so do more rows of x.
-template <int kTile, bool kWide, class Tile>
-void for_tiles(int64_t rows, int64_t m, Tile tile) {
+// Calls tile(Int<R>, Int<T>, row, t) for tiles of R rows and T rows of x (T at most kTile) that cover rows and p.m. Two
+// rows at once share loads of x and hide the latency of the FMA. kPairs: registers suffice for pairs with T > 1. A single
+// row of x takes pairs of short rows only: long ones are bound by memory, which serves one stream better than two.
+template <int kTile, bool kPairs, class Tile>
+void for_tiles(int64_t rows, int64_t columns, int64_t m, Tile tile) {
   int64_t t = 0;
-  const auto rows_of = [&](auto wide, auto width) {
+  const auto rows_of = [&](bool pairs, auto width) {
     int64_t r = 0;
-    for (; wide() && r + 2 <= rows; r += 2) tile(Int<2>{}, width, r, t);
+    if constexpr (kPairs || width() == 1)
+      for (; pairs && r + 2 <= rows; r += 2) tile(Int<2>{}, width, r, t);
     for (; r < rows; ++r) tile(Int<1>{}, width, r, t);
     t += width();
   };
-  while (t + kTile <= m) rows_of(std::bool_constant<kWide>{}, Int<kTile>{});
+  while (t + kTile <= m) rows_of(true, Int<kTile>{});
   if constexpr (kTile > 2)
-    if (t + 2 <= m) rows_of(std::bool_constant<kWide>{}, Int<2>{});
-  if (t < m) rows_of(std::true_type{}, Int<1>{});
+    if (t + 2 <= m) rows_of(true, Int<2>{});
+  if (t < m) rows_of(columns <= kShortRow, Int<1>{});
 }
 
 // `rows` adjacent rows of weights as two byte streams, times all rows of x; y: the first row's place in y.
@@ -97,12 +100,12 @@ void dot_streams(Level level, const uint8_t* low, const uint8_t* high, int64_t r
                  float* y) {
 #ifdef ZIP_X86
   if (level == kAvx512)
-    return for_tiles<avx512::kTile, true>(rows, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
+    return for_tiles<avx512::kTile, true>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
       const avx512::Streams w{low + r * columns, high + r * columns};
       avx512::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
     });
   if (level == kAvx2)
-    return for_tiles<avx2::kTile, false>(rows, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
+    return for_tiles<avx2::kTile, false>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
       const avx2::Streams w{low + r * columns, high + r * columns};
       avx2::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
     });
@@ -118,12 +121,12 @@ void dot_streams(Level level, const uint8_t* low, const uint8_t* high, int64_t r
 void dot_words(Level level, const uint16_t* words, int64_t rows, int64_t columns, const Product& p, float* y) {
 #ifdef ZIP_X86
   if (level == kAvx512)
-    return for_tiles<avx512::kTile, true>(rows, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
+    return for_tiles<avx512::kTile, true>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
       const avx512::Words w{words + r * columns};
       avx512::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
     });
   if (level == kAvx2)
-    return for_tiles<avx2::kTile, false>(rows, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
+    return for_tiles<avx2::kTile, false>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
       const avx2::Words w{words + r * columns};
       avx2::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
     });

@@ -1,0 +1,178 @@
+"""The stream format: fixed vectors, and damage of every kind is refused, never decoded."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from ernie_elastic.compression import codec
+from ernie_elastic.compression.format import (
+    CHECKSUM_AT,
+    CHECKSUM_BYTES,
+    FIXED,
+    LAYOUTS,
+    build_stream,
+    checksum_of,
+    matrix_view,
+    read_header,
+)
+from ernie_elastic.errors import FormatError
+
+VECTOR = torch.tensor([[1.0, -2.5, 0.0], [0.02, 3e38, -0.0]]).to(torch.bfloat16)
+# Whole for dense_plane; head, ends and stripes (and the first bitmap) for tca_tbe, whose one tile has 4096 weights.
+HEX = {
+    "dense_plane": (
+        "455442450102020001000000080000003f88c6fd9a0107543fc31bc35fb7b40e02000000000000000300000000000000"
+        "612e776569676874040000000000000000a000246280240000007f8079fe"
+    ),
+    "tca_tbe": (
+        "4554424501010200010000000800000000f56d4dbd21d4fc8904d91e8b9f716902000000000000000300000000000000"
+        "612e776569676874001000000000000008000000000000000000000000000000fc03000004000000fc07000004000000"
+        "fc0b000004000000fcfcffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+        "ffffffffffffffffffffffffffffffff"
+    ),
+}
+TCA_BYTES = 5753
+
+
+def gaussian(rows: int, columns: int) -> torch.Tensor:
+    """The same BF16 [rows, columns] at every call: Hypothesis replays its draws."""
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)) * 0.02).to(torch.bfloat16)
+
+
+def sealed(stream: np.ndarray) -> np.ndarray:
+    """The stream with the checksum that its bytes ask for: damage that a checksum cannot see."""
+    stream = stream.copy()
+    stream[CHECKSUM_AT : CHECKSUM_AT + CHECKSUM_BYTES] = np.frombuffer(checksum_of(stream), dtype=np.uint8)
+    return stream
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_of_a_fixed_tensor(layout: str) -> None:
+    stream = codec.encode(VECTOR, "a.weight", layout).stream.tobytes()
+    expected = bytes.fromhex(HEX[layout])
+    assert stream[: len(expected)].hex() == expected.hex()
+    assert len(stream) == {"dense_plane": len(expected), "tca_tbe": TCA_BYTES}[layout]
+    decoded = codec.decode(np.frombuffer(stream, dtype=np.uint8))
+    assert torch.equal(decoded.view(torch.int16), VECTOR.view(torch.int16))
+
+
+@given(st.data(), st.sampled_from(list(LAYOUTS)))
+def test_any_changed_byte_is_noticed(data: st.DataObject, layout: str) -> None:
+    stream = codec.encode(gaussian(20, 30), "w", layout).stream.copy()
+    place = data.draw(st.integers(0, stream.size - 1))
+    stream[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(FormatError):
+        codec.decode(stream)
+
+
+@given(st.data(), st.sampled_from(list(LAYOUTS)))
+def test_damage_under_a_right_checksum_is_refused_or_decodes_to_itself(data: st.DataObject, layout: str) -> None:
+    """Every stream has one valid encoding: what decodes at all must encode to the very same bytes."""
+    stream = codec.encode(gaussian(9, 23), "w", layout).stream.copy()
+    for _ in range(data.draw(st.integers(1, 3))):
+        stream[data.draw(st.integers(0, stream.size - 1))] = data.draw(st.integers(0, 255))
+    stream = sealed(stream)
+    try:
+        decoded = codec.decode(stream)
+    except FormatError:
+        return
+    header = read_header(stream)
+    again = codec.encode(decoded, header.name, header.layout)
+    # A window that is not the best one is the only freedom that is left.
+    assert again.stream.size <= stream.size
+    assert torch.equal(codec.decode(again.stream).view(torch.int16), decoded.view(torch.int16))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(FormatError):
+        codec.decode(np.frombuffer(content, dtype=np.uint8))
+
+
+@given(st.integers(0, 1), st.data())
+def test_cut_and_grown_streams_are_refused(which: int, data: st.DataObject) -> None:
+    stream = codec.encode(VECTOR, "w", list(LAYOUTS)[which]).stream
+    cut = stream[: data.draw(st.integers(0, stream.size - 1))]
+    with pytest.raises(FormatError):
+        codec.decode(cut)
+    with pytest.raises(FormatError):
+        codec.decode(sealed(np.concatenate([stream, np.zeros(1, dtype=np.uint8)])))
+    if cut.size > 48:
+        with pytest.raises(FormatError):
+            codec.decode(sealed(cut))
+
+
+@pytest.mark.parametrize(
+    ("offset", "form", "value"),
+    [
+        (0, "<I", 7), (4, "B", 2), (5, "B", 3), (5, "B", 0), (6, "B", 9), (6, "B", 1), (7, "B", 1), (8, "<I", 2),
+        (8, "<I", 0), (12, "<I", 5000), (12, "<I", 4), (32, "<Q", 128), (32, "<Q", 2**40), (40, "<Q", 2**63), (48, "B", 0xFF),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wrong_header_fields_are_refused_even_under_a_right_checksum(
+    layout: str, offset: int, form: str, value: int
+) -> None:
+    stream = codec.encode(VECTOR, "weight", layout).stream.copy()
+    stream[offset : offset + struct.calcsize(form)] = np.frombuffer(struct.pack(form, value), dtype=np.uint8)
+    with pytest.raises(FormatError):
+        codec.decode(sealed(stream))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2**40, 2**20), (2**61,), (2**30, 2**10, 2**10), (0, 2**63), (2**63, 2)])
+def test_a_header_that_claims_terabytes_is_refused_before_allocation(layout: str, shape: tuple[int, ...]) -> None:
+    head = FIXED.pack(b"ETBE", 1, LAYOUTS[layout], len(shape), 0, matrix_view(shape)[0] % 2**32, 0, bytes(16))
+    stream = np.frombuffer(head + struct.pack(f"<{len(shape)}Q", *shape) + bytes(500), dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError):
+            codec.decode(sealed(stream))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_stream_is_bound_to_its_name() -> None:
+    stream = codec.encode(VECTOR, "layers.0.weight").stream
+    with pytest.raises(FormatError, match=r"layers\.0\.weight"):
+        codec.decode(stream, "model.safetensors", "layers.1.weight")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_set_padding_bits_and_fallbacks_in_the_window_are_refused(layout: str) -> None:
+    tensor = torch.tensor([1.0, 1.5, 3e38]).to(torch.bfloat16)
+    stream = codec.encode(tensor, "", layout).stream
+    if layout == "dense_plane":
+        bad_bit, fallback = stream.size - 3, stream.size - 1  # last plane byte, then `first`, then the fallback
+        for place, value in ((bad_bit, 0x80), (fallback, 127)):
+            changed = stream.copy()
+            changed[place] = value
+            with pytest.raises(FormatError):
+                codec.decode(sealed(changed))
+    else:
+        for place in range(stream.size - 20, stream.size - 1):  # sign bytes of padded weights, then a byte of padding
+            changed = stream.copy()
+            changed[place] ^= 0x80
+            with pytest.raises(FormatError):
+                codec.decode(sealed(changed))
+
+
+def test_how_a_tensor_is_read_as_matrices() -> None:
+    assert matrix_view(()) == (1, 1, 1) and matrix_view((5,)) == (1, 1, 5) and matrix_view((4, 5)) == (1, 4, 5)
+    assert matrix_view((3, 32, 32)) == (3, 32, 32) and matrix_view((3, 31, 33)) == (1, 3, 1023)
+    assert matrix_view((2, 3, 4, 500)) == (1, 2, 6000) and matrix_view((0, 40, 40)) == (1, 0, 1600)
+
+
+def test_limits_of_the_format_are_named() -> None:
+    with pytest.raises(FormatError, match="limits"):
+        build_stream("dense_plane", "n" * 5000, (1,), [])
+    with pytest.raises(FormatError, match="limits"):
+        build_stream("dense_plane", "n", (1,) * 9, [])
