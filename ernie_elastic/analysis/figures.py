@@ -178,10 +178,11 @@ def entropy_panel(counts: RoutingCounts, style: str = "light") -> Panel:
             )
         lowest = float(np.nanmin(values)) if counts.tokens.any() else 0.0
         bottom = max(0.0, min(0.6, lowest - 0.03))
-        if floor > bottom:
+        if bottom < floor < 1:
+            bottom = max(0.0, min(bottom, floor - 0.09))  # no line can go below the floor, so its label stands there
             axes.axhline(floor, color=colours["soft"], linewidth=1, linestyle=(0, (1, 2)))
-            axes.text(len(layers) - 1, floor, "same k experts always", ha="right", va="bottom", fontsize=8,
-                      color=colours["soft"])
+            axes.text(0.99, floor - 0.022, "lowest possible: the same k experts always", ha="right", va="top",
+                      transform=axes.get_yaxis_transform(), fontsize=8, color=colours["soft"])
         axes.set_ylim(bottom, 1.01)
         axes.set_xlim(-0.5, len(layers) - 0.5)
         ticks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 9)).round().astype(int))

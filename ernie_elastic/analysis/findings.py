@@ -185,13 +185,16 @@ _PAPER_ROW = {name: i for i, name in enumerate(PAPER_ORDER)}
 def _text_with_audio(counts: RoutingCounts) -> tuple[str, str, bool]:
     here, paper, row = _iou_of_shown(counts)
     others = [name for name in PAPER_ORDER if name != "text"]
-    text, columns = row["text"], [row[name] for name in others]
-    best = [others[int(matrix[text, columns].argmax())] for matrix in here]
-    strongest = all(m[text, row[st.AUDIO_ROW]] == m[text, columns].max() for m in here)
-    values = [float(m[text, row[st.AUDIO_ROW]]) for m in here]
-    partners = ", ".join(task_label(name, short=True) for name in best)
+    closest: list[list[str]] = []
+    for matrix in here:
+        overlap = {name: float(matrix[row["text"], row[name]]) for name in others}
+        highest = max(overlap.values())
+        closest.append([name for name in others if highest > 0 and overlap[name] == highest])
+    values = [float(m[row["text"], row[st.AUDIO_ROW]]) for m in here]
+    partners = ", ".join(" = ".join(task_label(name, short=True) for name in names) or "none" for names in closest)
     published = _triple([float(m[0, -1]) for m in paper])
-    return f"IoU {published}", f"IoU {_triple(values)}; closest to text: {partners}", strongest
+    agrees = all(names == [st.AUDIO_ROW] for names in closest)
+    return f"IoU {published}", f"IoU {_triple(values)}; closest to text: {partners}", agrees
 
 
 def _text_with_vision(counts: RoutingCounts) -> tuple[str, str, bool]:

@@ -60,10 +60,9 @@ def _decode(
     if mode == "text":
         return [tokenizers.text.decode(ids) for ids in decoder.decode_text()]
     if mode == "audio":
-        return [
-            np.asarray(tokenizers.audio.decode(codes.cpu())) if len(codes) else np.zeros(0, dtype=np.float32)
-            for codes in decoder.decode_audio()
-        ]
+        codes = [row.cpu() for row in decoder.decode_audio()]
+        waves = iter(tokenizers.audio.decode_batch([row for row in codes if len(row)]))
+        return [np.asarray(next(waves)) if len(row) else np.zeros(0, dtype=np.float32) for row in codes]
     totals = decoder.decode_visual(mode == "video")
     with torch.inference_mode():
         pixels = tokenizers.visual.decode(torch.cat(totals).cpu().float()).numpy()

@@ -40,6 +40,7 @@ def run_pretrain(preset: str, run: RunConfig) -> Path:
     if is_main_process():
         make_inputs(run)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
     else:
         _wait_for(marker)

@@ -18,9 +18,9 @@ class TrainingConfig:
     steps: optimizer steps. rows_per_step: packed rows of a step over all ranks. micro_batches: gradient accumulation.
     learning_rate, weight_decay, beta1, beta2: AdamW (paper: silent; ours). gradient_clip: 0 switches clipping off.
     bias_speed: step of the balance bias (paper: 1e-4; ours larger, since a demo has few steps). engine: "deepspeed", or
-    "torch" for machines without it. zero_stage: 0, 1 or 2. checkpoint_every: steps, 0 = only at the end. stop_after: end this session after so many
-    steps, with a checkpoint; the same command goes on from there (0 = no limit).
-    keep_checkpoints: older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
+    "torch" for machines without it. zero_stage: 0, 1 or 2. checkpoint_every: steps, 0 = only at the end.
+    stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
+    limit). keep_checkpoints: older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
     """
 
     steps: int = 1000

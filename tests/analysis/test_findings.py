@@ -89,6 +89,21 @@ def paper_like(depth_overlap: bool) -> RoutingCounts:
     return from_frequencies(rows)
 
 
+def test_a_tie_or_no_overlap_is_not_the_closest():
+    def one_expert(**expert: int) -> RoutingCounts:
+        rows = {}
+        for name in findings.PAPER_ORDER:
+            rows[name] = [[9 if e == expert.get(name, 7) else 0 for e in range(8)]] * 3
+        return from_frequencies(rows)
+
+    apart = findings.paper_findings(one_expert(text=0))[0]
+    assert apart["agrees"] is False and apart["here"] == "IoU 0.00, 0.00, 0.00; closest to text: none, none, none"
+    tied = findings.paper_findings(one_expert(text=0, audio=0, image_generation=0))[0]
+    assert tied["agrees"] is False and tied["here"].endswith("closest to text: " + ", ".join(["Image G = Audio"] * 3))
+    alone = findings.paper_findings(one_expert(text=0, audio=0))[0]
+    assert alone["agrees"] is True and alone["here"] == "IoU 1.00, 1.00, 1.00; closest to text: Audio, Audio, Audio"
+
+
 @pytest.mark.parametrize("depth_overlap", [True, False])
 def test_verdicts_follow_the_numbers(depth_overlap):
     verdicts = {row["finding"]: row["agrees"] for row in findings.paper_findings(paper_like(depth_overlap))}

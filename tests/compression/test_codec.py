@@ -1,4 +1,4 @@
-"""The codec: every pattern, every shape, both layouts, against an independent decoder written from the format's text."""
+"""The codec: every pattern, every shape, both layouts, and an independent decoder written from the format's text."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ernie_elastic.errors import ConfigError
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
 SHAPES = [
-    (), (1,), (0,), (1, 1), (3, 0), (0, 40, 40), (1, 9), (7, 1), (65, 37), (100, 72), (64, 64), (33, 70, 100), (3, 5000),
-    (2, 3, 4, 5), (5, 31, 33), (4097,), (1, 1, 1, 1, 1, 1, 1, 2),
+    (), (1,), (0,), (1, 1), (3, 0), (0, 40, 40), (1, 9), (7, 1), (65, 37), (100, 72), (64, 64), (33, 70, 100),
+    (3, 5000), (2, 3, 4, 5), (5, 31, 33), (4097,), (1, 1, 1, 1, 1, 1, 1, 2),
 ]  # fmt: skip
 
 

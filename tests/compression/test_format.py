@@ -113,7 +113,8 @@ def test_cut_and_grown_streams_are_refused(which: int, data: st.DataObject) -> N
     ("offset", "form", "value"),
     [
         (0, "<I", 7), (4, "B", 2), (5, "B", 3), (5, "B", 0), (6, "B", 9), (6, "B", 1), (7, "B", 1), (8, "<I", 2),
-        (8, "<I", 0), (12, "<I", 5000), (12, "<I", 4), (32, "<Q", 128), (32, "<Q", 2**40), (40, "<Q", 2**63), (48, "B", 0xFF),
+        (8, "<I", 0), (12, "<I", 5000), (12, "<I", 4), (32, "<Q", 128), (32, "<Q", 2**40), (40, "<Q", 2**63),
+        (48, "B", 0xFF),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", LAYOUTS)

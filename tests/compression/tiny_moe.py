@@ -18,7 +18,8 @@ class TinyMoeConfig(PreTrainedConfig):
     def __init__(self, vocab_size=300, hidden_size=100, width=72, num_experts=7, chosen=2, layers=2, **kwargs):
         self.vocab_size, self.hidden_size, self.width = vocab_size, hidden_size, width
         self.num_experts, self.chosen, self.layers = num_experts, chosen, layers
-        kwargs.setdefault("auto_map", {"AutoConfig": "tiny_moe.TinyMoeConfig", "AutoModelForCausalLM": "tiny_moe.TinyMoe"})
+        classes = {"AutoConfig": "tiny_moe.TinyMoeConfig", "AutoModelForCausalLM": "tiny_moe.TinyMoe"}
+        kwargs.setdefault("auto_map", classes)
         super().__init__(**kwargs)
 
 
