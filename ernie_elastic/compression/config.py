@@ -103,7 +103,7 @@ class CompressedConfig(PreTrainedConfig):
         if model_type not in CONFIG_MAPPING:
             raise ConfigError(
                 f"config.json: the model inside is of type {model_type!r}, which Transformers does not know; import "
-                "the package that defines it, or call CompressedConfig.from_pretrained(DIR, trust_remote_code=True), first"
+                "the package that defines it first, or pass trust_remote_code=True if the directory's code does"
             )
         return CONFIG_MAPPING[model_type].from_dict(original, **kwargs)
 
@@ -125,9 +125,19 @@ class CompressedConfig(PreTrainedConfig):
         return cls.from_dict(config_dict, **unused)
 
 
+class _Registered(CompressedConfig):
+    """What the Auto classes know the outer model type by.
+
+    Transformers lets a registered class win over the directory's own code unless the class is one of its own. Here
+    trust_remote_code=True must reach that code, since the original config may need it: hence the module's name.
+    """
+
+    __module__ = "transformers.ernie_elastic_compressed"
+
+
 def register() -> None:
     """Make the Auto classes know the outer model type and the quantisation method; a second call changes nothing."""
-    AutoConfig.register(MODEL_TYPE, CompressedConfig, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, _Registered, exist_ok=True)
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

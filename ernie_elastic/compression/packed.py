@@ -107,7 +107,8 @@ class PackedTensor(nn.Module):
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
         exact = self.dtype if self.dtype in (torch.bfloat16, torch.float32) else torch.float32
-        return zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype).reshape(*rows.shape, self.matrix.shape[1])
+        found_NC = zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype)
+        return found_NC.reshape(*rows.shape, self.stack_shape[-1])
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool:

@@ -26,8 +26,6 @@ from ernie_elastic.compression.container import STREAM_PREFIX, Stored, write_saf
 from ernie_elastic.compression.directory import MIN_WEIGHTS
 from ernie_elastic.compression.packed import (
     PACKED_EXPERTS,
-    PackedEmbedding,
-    PackedLinear,
     PackedTensor,
     install,
     packable,
@@ -185,5 +183,3 @@ def register() -> None:
     if PACKED_EXPERTS not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(PACKED_EXPERTS, packed_experts_forward)
 
-
-__all__ = ["PackedEmbedding", "PackedLinear", "TbeHfQuantizer", "pack_dense", "register"]

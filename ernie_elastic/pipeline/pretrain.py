@@ -57,7 +57,7 @@ def make_inputs(run: RunConfig) -> None:
     """Train the tokenizers and pack the data of a run, unless they stand there with the same configuration."""
     for kind in TOKENIZER_NAMES:
         path = run.tokenizers_path / kind
-        if not is_done(path, f"train-tokenizer-{kind}", run.tokenizers):
+        if not is_done(path, f"train-tokenizer-{kind}", run.tokenizers.resolved(kind)):
             train_tokenizer(kind, path, run.tokenizers)
     if not is_done(run.packed_path, PACKED_STAGE, run.prepare):
         layout = layout_of(run.model.to_config(Tokenizers.load(run.tokenizers_path)))

@@ -3,7 +3,8 @@
 Contract: `encode` gives int64 codes [S, Q] of S = ceil(samples / step) steps; `decode` gives a wave of S whole steps.
 Both are deterministic, alone or in a batch. A step is described by its compressed short-time magnitudes, projected
 on `num_components` directions; residual code books quantise the projection; phases are found anew at decoding
-(`spectral`). paper: section 2.5 (12.5 Hz, residual vector quantisation). ours: fixed spectra and k-means code books
+(`spectral`). Code 0 of every level is the zero vector: silence, or nothing to add; digital silence decodes to itself.
+paper: section 2.5 (12.5 Hz, residual vector quantisation). ours: fixed spectra and k-means code books
 in place of a trained neural codec, which two CPU cores cannot train in half a minute.
 
 Shape letters: N waves, L samples, S steps, Q levels, V codes of a level, F spectral features of a step,
@@ -74,7 +75,6 @@ class AudioTokenizerConfig:
 class AudioTokenizer(nn.Module):
     """Residual codes of sound. Its buffers are set by `training.tokenizer_audio` or `load`."""
 
-    mean_F: torch.Tensor
     basis_FC: torch.Tensor
     codebooks_QVC: torch.Tensor
 
@@ -82,7 +82,6 @@ class AudioTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.spectrum = Spectrum(config.window, config.hop)
-        self.register_buffer("mean_F", torch.zeros(config.num_features))
         self.register_buffer("basis_FC", torch.zeros(config.num_features, config.num_components))
         shape = (config.num_levels, config.codebook_size, config.num_components)
         self.register_buffer("codebooks_QVC", torch.zeros(shape))
@@ -119,7 +118,11 @@ class AudioTokenizer(nn.Module):
 
     def project(self, features_SF: torch.Tensor) -> torch.Tensor:
         """Features [S, F] as components float32 [S, C], which the code books quantise."""
-        return (features_SF - self.mean_F) @ self.basis_FC
+        return features_SF @ self.basis_FC
+
+    def unproject(self, components_SC: torch.Tensor) -> torch.Tensor:
+        """Components [S, C] as compressed magnitudes float32 [S, F], none negative."""
+        return (components_SC @ self.basis_FC.T).clamp(min=0.0)
 
     @torch.no_grad()
     def encode(self, wave: Wave) -> torch.Tensor:
@@ -159,8 +162,7 @@ class AudioTokenizer(nn.Module):
     def _waves(self, codes_NSQ: torch.Tensor) -> torch.Tensor:
         levels = codes_NSQ.shape[2]
         components = rvq_decode(codes_NSQ.flatten(0, 1), self.codebooks_QVC[:levels])
-        compressed = (components @ self.basis_FC.T + self.mean_F).clamp(min=0.0)
-        magnitude = compressed.pow(1.0 / self.config.compression)
+        magnitude = self.unproject(components).pow(1.0 / self.config.compression)
         magnitude_NTK = magnitude.reshape(len(codes_NSQ), -1, self.spectrum.num_bins)
         return self.spectrum.wave_from_magnitude(magnitude_NTK, self.config.phase_rounds).clamp(-1.0, 1.0)
 

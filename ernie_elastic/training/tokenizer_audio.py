@@ -31,12 +31,11 @@ class AudioTrainingConfig:
     """Budget of the audio tokenizer.
 
     rounds: k-means rounds of each level. power_rounds: rounds of the randomised decomposition that finds the
-    principal directions. silence_share: steps of silence added to the data, so that silence has a code.
+    principal directions.
     """
 
     rounds: int = 30
     power_rounds: int = 3
-    silence_share: float = 0.005
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.power_rounds < 1:
@@ -51,26 +50,22 @@ def train_audio_tokenizer(
 ) -> tuple[AudioTokenizer, dict[str, Any]]:
     """An audio tokenizer fitted to `waves` (float32 [L] each) and its health on them.
 
-    Health: steps, variance that the components keep, and for each level: perplexity of its codes, share of codes in
-    use, signal-to-noise ratio (dB) of the compressed magnitudes after it. Raises DataError when there are fewer
+    Health: number of steps, energy share that the components keep (`audio_health` has the rest). Raises DataError when there are fewer
     steps than codes or components.
     """
     training = training or AudioTrainingConfig()
     tokenizer = AudioTokenizer(config)
     features_SF = torch.cat(tokenizer.features(list(waves)))
-    silent = int(len(features_SF) * training.silence_share)
-    features_SF = torch.cat([features_SF, features_SF.new_zeros(silent, config.num_features)])
     if len(features_SF) <= max(config.codebook_size, config.num_components):
         raise DataError(
             f"audio tokenizer: {len(features_SF)} steps are too few for {config.codebook_size} codes and "
             f"{config.num_components} components; give more sound"
         )
     generator = torch.Generator().manual_seed(seed)
-    tokenizer.mean_F.copy_(features_SF.mean(dim=0))
-    centred_SF = features_SF - tokenizer.mean_F
-    tokenizer.basis_FC.copy_(principal_directions(centred_SF, config.num_components, training.power_rounds, generator))
-    residual_SC = centred_SF @ tokenizer.basis_FC
-    kept = float(residual_SC.square().sum() / centred_SF.square().sum())
+    # Not centred: zero features, which are silence, stay the zero vector.
+    tokenizer.basis_FC.copy_(principal_directions(features_SF, config.num_components, training.power_rounds, generator))
+    residual_SC = tokenizer.project(features_SF)
+    kept = float(residual_SC.square().sum() / features_SF.square().sum())
     bar = progress(total=config.num_levels * training.rounds, desc="audio code books", unit="round")
     for level in range(config.num_levels):
         codebook_VC, code_S = kmeans(residual_SC, config.codebook_size, training.rounds, generator, bar.update)
@@ -78,18 +73,18 @@ def train_audio_tokenizer(
         residual_SC = residual_SC - codebook_VC[code_S]
     bar.close()
     tokenizer.eval()
-    return tokenizer, {"train_steps": len(features_SF), "component_variance": round(kept, 4)}
+    return tokenizer, {"train_steps": len(features_SF), "component_energy": round(kept, 4)}
 
 
 def principal_directions(
-    centred_SF: torch.Tensor, count: int, power_rounds: int, generator: torch.Generator
+    points_SF: torch.Tensor, count: int, power_rounds: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Orthonormal directions float32 [F, count] of largest variance (background: randomised range finder)."""
-    spare = min(count + 16, *centred_SF.shape)
-    basis_FR = torch.randn(centred_SF.shape[1], spare, generator=generator)
+    """Orthonormal directions float32 [F, count] of largest energy of points [S, F] (background: randomised range finder)."""
+    spare = min(count + 16, *points_SF.shape)
+    basis_FR = torch.randn(points_SF.shape[1], spare, generator=generator)
     for _ in range(power_rounds):
-        basis_FR = torch.linalg.qr(centred_SF.T @ (centred_SF @ basis_FR)).Q
-    inside_SR = centred_SF @ basis_FR
+        basis_FR = torch.linalg.qr(points_SF.T @ (points_SF @ basis_FR)).Q
+    inside_SR = points_SF @ basis_FR
     _, vectors_RR = torch.linalg.eigh((inside_SR.T @ inside_SR).double())
     directions_FC = basis_FR @ vectors_RR.flip(1)[:, :count].float()
     # The sign of an eigenvector is arbitrary; fix it so that code books do not depend on the linear algebra library.
@@ -106,7 +101,7 @@ def kmeans(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(centres float32 [count, C], index of the nearest one int64 [S]) of points float32 [S, C].
 
-    Starts from far-apart points (k-means++). A centre that fewer than DEAD_COUNT points choose moves to the point
+    Centre 0 is the zero vector and stays it. Starts from far-apart points (k-means++). Another centre that fewer than DEAD_COUNT points choose moves to the point
     that is farthest from its own centre. after_round() is called after each round.
     """
     centres_VC = _spread_start(points_SC, count, generator)
@@ -115,7 +110,8 @@ def kmeans(
         counts_V = torch.bincount(code_S, minlength=count)
         sums_VC = torch.zeros_like(centres_VC).index_add_(0, code_S, points_SC)
         centres_VC = torch.where(counts_V[:, None] > 0, sums_VC / counts_V.clamp(min=1)[:, None], centres_VC)
-        dead = (counts_V < DEAD_COUNT).nonzero()[:, 0]
+        centres_VC[0] = 0.0
+        dead = 1 + (counts_V[1:] < DEAD_COUNT).nonzero()[:, 0]
         if len(dead) and number < RESTART_ROUNDS * rounds:
             centres_VC[dead] = points_SC[distance_S.topk(len(dead)).indices]
         if after_round is not None:
@@ -124,16 +120,15 @@ def kmeans(
 
 
 def _spread_start(points_SC: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    first = int(torch.randint(len(points_SC), (1,), generator=generator))
-    chosen = [first]
-    distance_S = (points_SC - points_SC[first]).square().sum(dim=1)
+    chosen: list[int] = []
+    distance_S = points_SC.square().sum(dim=1)
     for _ in range(count - 1):
         # Equal points have distance zero everywhere: then any point is as good as another.
         weights_S = distance_S if bool(distance_S.max() > 0) else torch.ones_like(distance_S)
         index = int(torch.multinomial(weights_S, 1, generator=generator))
         chosen.append(index)
         distance_S = torch.minimum(distance_S, (points_SC - points_SC[index]).square().sum(dim=1))
-    return points_SC[chosen].clone()
+    return torch.cat([torch.zeros_like(points_SC[:1]), points_SC[chosen]])
 
 
 @torch.no_grad()
@@ -149,7 +144,7 @@ def audio_health(tokenizer: AudioTokenizer, waves: Iterable[np.ndarray]) -> dict
         share_V = torch.bincount(codes_SQ[:, level], minlength=config.codebook_size).double() / len(codes_SQ)
         entropy = float(-(share_V * (share_V + 1e-12).log()).sum())
         books = tokenizer.codebooks_QVC[: level + 1]
-        decoded_SF = rvq_decode(codes_SQ[:, : level + 1], books) @ tokenizer.basis_FC.T + tokenizer.mean_F
+        decoded_SF = tokenizer.unproject(rvq_decode(codes_SQ[:, : level + 1], books))
         noise = float((decoded_SF - features_SF).square().sum())
         ratio = 10 * math.log10(float(features_SF.square().sum()) / max(noise, 1e-12))
         levels.append({

@@ -38,9 +38,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 def attempt(label, load, **kwargs):
     try:
         load({path!r}, **kwargs)
-        print(label, 'LOADED')
+        print(); print(label, 'LOADED')
     except Exception as error:
-        print(label, type(error).__name__, ' '.join(str(error).split()))
+        print(); print(label, type(error).__name__, ' '.join(str(error).split()))
 attempt('direct:', Qwen3MoeForCausalLM.from_pretrained)
 attempt('auto:', AutoModelForCausalLM.from_pretrained)
 attempt('untrusted:', AutoModelForCausalLM.from_pretrained, trust_remote_code=False)

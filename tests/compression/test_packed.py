@@ -59,6 +59,8 @@ def test_casts_change_the_compute_dtype_and_not_the_weights() -> None:
     assert packed.dtype == torch.bfloat16
     assert all(not buffer.is_floating_point() for name, buffer in packed.named_buffers() if name != "compute")
     assert torch.equal(packed[3].view(torch.int16), weight[3].view(torch.int16))
+    packed._apply(lambda tensor: tensor.clone())  # as a move to another device
+    assert all(packed.matrix.tensors[name] is getattr(packed, f"tbe__{name}") for name in packed.matrix.tensors)
     twin = copy.deepcopy(packed)
     assert torch.equal(twin[2], packed[2]) and twin.tbe__low.data_ptr() != packed.tbe__low.data_ptr()
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from ernie_elastic.compression import (
     PackedEmbedding,
     PackedLinear,
     PackedTensor,
     compress_directory,
+    directory_info,
     resident_weight_bytes,
     set_kernel,
 )
@@ -64,6 +65,26 @@ def test_weights_are_resident_packed(pairs: Pairs, name: str) -> None:
     assert isinstance(packed.get_output_embeddings(), PackedLinear)
 
 
+def test_the_promised_ratios_on_a_model_of_millions(tmp_path: Path) -> None:
+    """Odd expert count, widths that are no multiples of 64, one small tensor per expert on disk."""
+    sizes = {**SIZES, "num_hidden_layers": 7, "intermediate_size": 200}
+    experts = {"num_experts": 19, "num_experts_per_tok": 2, "moe_intermediate_size": 76, "mlp_only_layers": [0]}
+    config = Qwen3MoeConfig(**sizes, **experts)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 2.5e6 < count < 6e6
+    model.save_pretrained(tmp_path / "source")
+    report = compress_directory(tmp_path / "source", tmp_path / "out")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    resident = resident_weight_bytes(packed) / (2 * count)
+    print(f"{count} parameters: stored {report['ratio']}, resident {resident:.4f} of BF16")
+    assert report["ratio"] <= 0.725 and resident <= 0.75
+    assert directory_info(tmp_path / "out")[-1]["bits_per_weight"] < 11.6
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    dense.set_experts_implementation("eager")
+    assert torch.equal(logits(packed), logits(dense))
+
+
 @pytest.mark.parametrize("name", MOE)
 def test_experts_are_stacks_and_only_the_routed_ones_are_decoded(
     pairs: Pairs, name: str, monkeypatch: pytest.MonkeyPatch
@@ -97,6 +118,24 @@ def test_tied_head_shares_the_packed_table(pairs: Pairs) -> None:
     packed = pairs("llama_tied").packed()
     assert packed.lm_head.packed is packed.model.embed_tokens.packed
     assert packed.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tie_with_both_tensors_stored_is_judged_as_for_a_dense_model(
+    pairs: Pairs, equal: bool, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pairs("llama_tied").source, tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = table.clone() if equal else table.flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    compress_directory(folder, tmp_path / "out")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(packed), logits(dense))
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == equal
+    assert isinstance(packed.lm_head, PackedLinear)
+    assert (packed.lm_head.packed is packed.model.embed_tokens.packed) == equal
 
 
 def test_generation_gives_the_same_tokens(pairs: Pairs) -> None:

@@ -74,8 +74,11 @@ ZIP_AVX2 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, ui
 inline int64_t stream_column(int64_t k) { return k % 8 / 4 * 16 + k / 16 * 8 + k % 4 * 2 + k / 8 % 2; }
 inline int64_t word_column(int64_t k) { return k / 16 * 16 + k % 8 * 2 + k / 8 % 2; }
 
-// The tree of tree_sum. streams: the sums are in stream_column order, else in word_column order.
-ZIP_AVX2 inline float reduce(const __m256 (&s)[4], bool streams) {
+// The tree of tree_sum over 64 sums. streams: each half is in stream_column order, else in word_column order.
+ZIP_AVX2 inline float reduce(const float* sums, bool streams) {
+  __m256 s[4];
+  ZIP_UNROLL for (int k = 0; k < 4; ++k)
+    s[k] = _mm256_add_ps(_mm256_loadu_ps(sums + 8 * k), _mm256_loadu_ps(sums + kLane + 8 * k));
   __m256 a = _mm256_add_ps(s[0], s[1]), b = _mm256_add_ps(s[2], s[3]);
   if (streams) {
     const __m256 first = _mm256_permute2f128_ps(a, b, 0x20);
@@ -88,34 +91,39 @@ ZIP_AVX2 inline float reduce(const __m256 (&s)[4], bool streams) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-// R adjacent rows of weights, as two byte streams or as BF16 words.
+// Rows of weights as two byte streams or as BF16 words; load32 gives weights i..i+31, +0 from the `rest`-th on.
 struct Streams {
-  const uint8_t *low, *high;
+  const uint8_t *low, *high;  // high[0] belongs to low[origin]
+  int64_t origin;
   static constexpr bool kStreams = true;
-  ZIP_AVX2 void load32(int64_t i, __m256i& a, __m256i& b) const {
-    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
-    const __m256i l = load(low + i), h = load(high + i);
-    a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+
+  ZIP_AVX2 static void join(const uint8_t* l, const uint8_t* h, __m256i& a, __m256i& b) {
+    const __m256i low = load(l), high = load(h);
+    a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
   }
-  ZIP_AVX2 void load_tail(int64_t i, int64_t count, __m256i& a, __m256i& b) const {
+  ZIP_AVX2 void load32(int64_t i, int64_t rest, __m256i& a, __m256i& b) const {
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
+    if (rest >= kLane) return join(low + i, high + (i - origin), a, b);
     uint8_t tail[2 * kLane] = {};
-    std::memcpy(tail, low + i, size_t(count));
-    std::memcpy(tail + kLane, high + i, size_t(count));
-    Streams{tail, tail + kLane}.load32(0, a, b);
+    std::memcpy(tail, low + i, size_t(rest));
+    std::memcpy(tail + kLane, high + (i - origin), size_t(rest));
+    join(tail, tail + kLane, a, b);
   }
 };
 
 struct Words {
   const uint16_t* words;
   static constexpr bool kStreams = false;
-  ZIP_AVX2 void load32(int64_t i, __m256i& a, __m256i& b) const {
+
+  ZIP_AVX2 void load32(int64_t i, int64_t rest, __m256i& a, __m256i& b) const {
     _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
-    a = load(words + i), b = load(words + i + 16);
-  }
-  ZIP_AVX2 void load_tail(int64_t i, int64_t count, __m256i& a, __m256i& b) const {
     uint16_t tail[kLane] = {};
-    std::memcpy(tail, words + i, 2 * size_t(count));
-    Words{tail}.load32(0, a, b);
+    const uint16_t* source = words + i;
+    if (rest < kLane) {
+      std::memcpy(tail, source, 2 * size_t(rest));
+      source = tail;
+    }
+    a = load(source), b = load(source + 16);
   }
 };
 
@@ -126,24 +134,50 @@ ZIP_AVX2 inline void widen_32(__m256i a, __m256i b, __m256 (&w)[4]) {
   w[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), w[3] = _mm256_castsi256_ps(_mm256_and_si256(b, upper));
 }
 
-// R rows of weights times T rows of x (in the column order of the weights, 64-byte aligned, padded to whole groups).
-template <int R, int T, class Weights>
-ZIP_AVX2 void dot(Weights weights, const float* x, int64_t stride, int64_t columns, float* y, int64_t ldy) {
-  __m256 sums[R * T][4], w[4];
-  ZIP_UNROLL for (int k = 0; k < R * T; ++k)
-    ZIP_UNROLL for (int v = 0; v < 4; ++v) sums[k][v] = _mm256_setzero_ps();
-  for (int64_t c = 0; c < columns; c += kLane) {
-    ZIP_UNROLL for (int r = 0; r < R; ++r) {
+// Weights of every other group of 32 from column `begin` on, times T rows of x; kBoth: the groups between them too. The
+// registers hold T * 4 sums a half, so two rows of x take the halves one after the other.
+template <int T, bool kBoth, class Weights>
+ZIP_AVX2 inline void accumulate(const Weights& weights, int64_t row, int64_t begin, int64_t end, const float* x,
+                                int64_t stride, bool first, float* kept) {
+  constexpr int kHalves = kBoth ? 2 : 1, kVectors = 4 * kHalves;
+  __m256 sums[T][kVectors], w[4];
+  ZIP_UNROLL for (int k = 0; k < T * kVectors; ++k)
+    sums[k / kVectors][k % kVectors] =
+        first ? _mm256_setzero_ps() : _mm256_loadu_ps(kept + k / kVectors * kSums + 8 * (k % kVectors));
+  for (int64_t c = begin; c < end; c += kSums)
+    ZIP_UNROLL for (int half = 0; half < kHalves; ++half) {
+      const int64_t at = c + half * kLane;
+      if (half > 0 && at >= end) break;
       __m256i a, b;
-      if (c + kLane <= columns) weights.load32(r * columns + c, a, b);
-      else weights.load_tail(r * columns + c, columns - c, a, b);  // weights beyond the row count as +0
+      weights.load32(row + at, end - at, a, b);
       widen_32(a, b, w);
-      ZIP_UNROLL for (int t = 0; t < T; ++t)
-        ZIP_UNROLL for (int v = 0; v < 4; ++v)
-          sums[r * T + t][v] = _mm256_fmadd_ps(w[v], _mm256_load_ps(x + t * stride + c + 8 * v), sums[r * T + t][v]);
+      ZIP_UNROLL for (int k = 0; k < 4 * T; ++k) {
+        __m256& sum = sums[k / 4][4 * half + k % 4];
+        sum = _mm256_fmadd_ps(w[k % 4], _mm256_load_ps(x + k / 4 * stride + at + 8 * (k % 4)), sum);
+      }
     }
+  ZIP_UNROLL for (int k = 0; k < T * kVectors; ++k)
+    _mm256_storeu_ps(kept + k / kVectors * kSums + 8 * (k % kVectors), sums[k / kVectors][k % kVectors]);
+}
+
+// The part times rows t..t+T-1 of x, which is in the column order of the weights, aligned and padded to whole groups.
+template <int T, class Weights>
+ZIP_AVX2 void dot(const Weights& weights, const Product& p, const Part& part, int64_t t) {
+  const int64_t begin = part.begin, end = part.end, rows = part.rows, stride = p.stride, ldy = p.ldy;
+  const bool first = part.is_first(), last = part.is_last();
+  const float* x = p.x + t * stride;
+  float *kept = part.sums + t * kSums, *y = part.y + t * ldy;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = r * part.columns;
+    if constexpr (T == 1) {
+      accumulate<1, true>(weights, row, begin, end, x, stride, first, kept);
+    } else {
+      accumulate<T, false>(weights, row, begin, end, x, stride, first, kept);
+      accumulate<T, false>(weights, row, begin + kLane, end, x, stride, first, kept + kLane);
+    }
+    if (last)
+      for (int k = 0; k < T; ++k) y[k * ldy + r] = reduce(kept + k * kSums, Weights::kStreams);
   }
-  ZIP_UNROLL for (int k = 0; k < R * T; ++k) y[k % T * ldy + k / T] = reduce(sums[k], Weights::kStreams);
 }
 
 }  // namespace zip::avx2

@@ -102,9 +102,9 @@ ZIP_AVX512 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, 
 // Columns of a group of 32 in the order of two vectors of 16 floats: even columns, then odd ones.
 inline int64_t column(int64_t k) { return k % 16 * 2 + k / 16; }
 
-// The tree of tree_sum over sums in `column` order.
-ZIP_AVX512 inline float reduce(__m512 even, __m512 odd) {
-  const __m512 pairs = _mm512_add_ps(even, odd);
+// The tree of tree_sum over sums whose halves are in `column` order.
+ZIP_AVX512 inline float reduce(const __m512 (&s)[4]) {
+  const __m512 pairs = _mm512_add_ps(_mm512_add_ps(s[0], s[2]), _mm512_add_ps(s[1], s[3]));
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(pairs), 1));
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(pairs), upper);
   __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -112,20 +112,23 @@ ZIP_AVX512 inline float reduce(__m512 even, __m512 odd) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-// R adjacent rows of weights, as two byte streams or as BF16 words. inside: which of 32 weights belong to the row.
+// Rows of weights as two byte streams or as BF16 words; load32 gives weights i..i+31, +0 for those not `inside`.
 struct Streams {
-  const uint8_t *low, *high;
+  const uint8_t *low, *high;  // high[0] belongs to low[origin]
+  int64_t origin;
   struct Constants {
     __m512i even, odd;
   };
+
   ZIP_AVX512 static Constants constants() {
     return {_mm512_load_si512(indices().even), _mm512_load_si512(indices().odd)};
   }
-  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
-    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T1);
-    const __m512i both = join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + i));
-    even = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
-    odd = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));
+  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512 (&w)[2]) const {
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
+    const __m512i both =
+        join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + (i - origin)));
+    w[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
+    w[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));
   }
 };
 
@@ -134,34 +137,47 @@ struct Words {
   struct Constants {
     __m512i upper;
   };
+
   ZIP_AVX512 static Constants constants() { return {_mm512_set1_epi32(int(0xFFFF0000))}; }
-  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512& even, __m512& odd) const {
+  ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512 (&w)[2]) const {
     _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
     const __m512i all = _mm512_maskz_loadu_epi16(inside, words + i);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(all, k.upper));
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(all, k.upper));
   }
 };
 
-// R rows of weights times T rows of x (in `column` order, 64-byte aligned, padded to whole groups).
-template <int R, int T, class Weights>
-ZIP_AVX512 void dot(Weights weights, const float* x, int64_t stride, int64_t columns, float* y, int64_t ldy) {
+// The part times rows t..t+T-1 of x, which is in `column` order, aligned and padded to whole groups.
+template <int T, class Weights>
+ZIP_AVX512 void dot(const Weights& weights, const Product& p, const Part& part, int64_t t) {
   const auto constants = Weights::constants();
-  __m512 sums[R][T][2], w[R][2];
-  ZIP_UNROLL for (int k = 0; k < R * T; ++k) sums[k / T][k % T][0] = sums[k / T][k % T][1] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < columns; c += kLane) {
-    const int64_t rest = columns - c;  // weights beyond the row count as +0
-    const __mmask32 inside = rest >= kLane ? 0xFFFFFFFFu : (1u << rest) - 1;
-    ZIP_UNROLL for (int r = 0; r < R; ++r) weights.load32(r * columns + c, inside, constants, w[r][0], w[r][1]);
-    ZIP_UNROLL for (int t = 0; t < T; ++t) {
-      const __m512 even = _mm512_load_ps(x + t * stride + c), odd = _mm512_load_ps(x + t * stride + c + 16);
-      ZIP_UNROLL for (int r = 0; r < R; ++r) {
-        sums[r][t][0] = _mm512_fmadd_ps(w[r][0], even, sums[r][t][0]);
-        sums[r][t][1] = _mm512_fmadd_ps(w[r][1], odd, sums[r][t][1]);
+  const int64_t begin = part.begin, end = part.end, columns = part.columns, rows = part.rows;
+  const int64_t stride = p.stride, ldy = p.ldy;
+  const bool first = part.is_first(), last = part.is_last();
+  const float* x = p.x + t * stride;
+  float *kept = part.sums + t * kSums, *y = part.y + t * ldy;
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512 sums[T][4], w[2];
+    ZIP_UNROLL for (int k = 0; k < 4 * T; ++k)
+      sums[k / 4][k % 4] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(kept + 16 * k);
+    for (int64_t c = begin; c < end; c += kSums) {
+      const int64_t rest = end - c;  // weights beyond the row count as +0
+      const uint64_t inside = rest >= kSums ? ~0ull : (1ull << rest) - 1;
+      ZIP_UNROLL for (int half = 0; half < 2; ++half) {
+        const int64_t at = c + half * kLane;
+        weights.load32(r * columns + at, __mmask32(inside >> (half * kLane)), constants, w);
+        ZIP_UNROLL for (int k = 0; k < 2 * T; ++k) {
+          __m512& sum = sums[k / 2][2 * half + k % 2];
+          sum = _mm512_fmadd_ps(w[k % 2], _mm512_load_ps(x + k / 2 * stride + at + 16 * (k % 2)), sum);
+        }
       }
     }
+    if (last) {
+      ZIP_UNROLL for (int k = 0; k < T; ++k) y[k * ldy + r] = reduce(sums[k]);
+    } else {
+      ZIP_UNROLL for (int k = 0; k < 4 * T; ++k) _mm512_storeu_ps(kept + 16 * k, sums[k / 4][k % 4]);
+    }
   }
-  ZIP_UNROLL for (int k = 0; k < R * T; ++k) y[k % T * ldy + k / T] = reduce(sums[k / T][k % T][0], sums[k / T][k % T][1]);
 }
 
 }  // namespace zip::avx512

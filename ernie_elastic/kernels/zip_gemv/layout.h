@@ -1,7 +1,7 @@
 // The run-time layout of reference.py as C++ sees it, its fallback lists, and the portable loops.
 //
-// Sum order of every product (compressed or plain BF16, any instruction set with FMA, any number of rows of x): 32
-// partial sums, one per column residue mod 32, each in column order by FMA, then one fixed tree (tree_sum). So the
+// Sum order of every product (compressed or plain BF16, any instruction set with FMA, any number of rows of x): 64
+// partial sums, one per column residue mod 64, each in column order by FMA, then one fixed tree (tree_sum). So the
 // compressed product has the bits of the plain BF16 product. The portable loops keep the order but round the product
 // and the sum apart, for processors without FMA.
 #pragma once
@@ -21,13 +21,15 @@
 namespace zip {
 
 constexpr int64_t kBlock = 256;       // weights that one fallback list covers
-constexpr int64_t kLane = 32;         // partial sums of a dot product
-constexpr int64_t kSegment = 4096;    // weights whose high bytes stay in L1 between the two phases of a product
+constexpr int64_t kSums = 64;         // partial sums of a dot product
+constexpr int64_t kLane = 32;         // weights that are widened at once: half of them
+constexpr int64_t kSegment = 4096;    // weights decoded between two passes over their fallbacks
+constexpr int64_t kChunk = 1024;      // columns of a product whose high bytes wait in L1; a multiple of kSums
 constexpr int64_t kPrefetch = 1024;   // bytes ahead in a plain matrix
-// A product asks for the next segment while it works on this one: for codes and lists in its first phase, for low bytes
-// in its second, so that memory is never idle.
-constexpr int64_t kCodesAhead = kSegment / 8 * 3;
-constexpr int64_t kLowAhead = kSegment;
+// A product asks for what comes two chunks later: for codes in its first phase, for low bytes in its second, so that
+// memory is never idle.
+constexpr int64_t kCodesAhead = 2 * kChunk / 8 * 3;
+constexpr int64_t kLowAhead = 2 * kChunk;
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Passed from Python as it is (cpu_impl.Matrix). level: the highest instruction set that may be used.
@@ -106,10 +108,10 @@ inline float widen(uint16_t bits) {
   return value;
 }
 
-// Neighbours first, then halves.
+// Both halves, then neighbours, then halves again and again.
 inline float tree_sum(const float* p) {
   float pair[16];
-  for (int i = 0; i < 16; ++i) pair[i] = p[2 * i] + p[2 * i + 1];
+  for (int i = 0; i < 16; ++i) pair[i] = (p[2 * i] + p[2 * i + kLane]) + (p[2 * i + 1] + p[2 * i + 1 + kLane]);
   for (int width = 8; width >= 1; width /= 2)
     for (int i = 0; i < width; ++i) pair[i] += pair[i + width];
   return pair[0];
@@ -123,13 +125,27 @@ struct Product {
   int64_t ldy;
 };
 
+// Columns begin..end of `rows` adjacent rows of weights. The partial sums of a row pass from part to part through
+// `sums` [m, kSums], in whatever order the code that runs keeps them; the last part writes to y. Several rows are whole.
+struct Part {
+  int64_t rows, begin, end, columns;
+  float* sums;
+  float* y;
+
+  bool is_first() const { return begin == 0; }
+  bool is_last() const { return end == columns; }
+};
+
+// weight(r, c): the float at column c of row r.
 template <class Weight>
-void dot_portable(Weight weight, const Product& p, int64_t columns, float* y) {
-  for (int64_t t = 0; t < p.m; ++t) {
-    float sums[kLane] = {};
-    for (int64_t c = 0; c < columns; ++c) sums[c % kLane] += weight(c) * p.x[t * p.stride + c];
-    y[t * p.ldy] = tree_sum(sums);
-  }
+void dot_portable(Weight weight, const Product& p, const Part& part) {
+  for (int64_t r = 0; r < part.rows; ++r)
+    for (int64_t t = 0; t < p.m; ++t) {
+      float* sums = part.sums + t * kSums;
+      if (part.is_first()) std::fill(sums, sums + kSums, 0.0f);
+      for (int64_t c = part.begin; c < part.end; ++c) sums[c % kSums] += weight(r, c) * p.x[t * p.stride + c];
+      if (part.is_last()) part.y[t * p.ldy + r] = tree_sum(sums);
+    }
 }
 
 }  // namespace zip

@@ -17,7 +17,6 @@ namespace {
 
 // Below this many weights per thread a thread costs more than it saves.
 constexpr int64_t kWeightsPerThread = 1 << 19;
-constexpr int64_t kShortRow = 1024;  // columns
 
 // Decodes the flat range [begin, end): whole groups by `simd(level, from, to)`, the rest by `scalar(i)`.
 template <class Simd, class Scalar>
@@ -76,90 +75,96 @@ bool decode_any(const Matrix& m, int64_t first, int64_t last, uint8_t* out, int 
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// Calls tile(Int<R>, Int<T>, row, t) for tiles of R rows and T rows of x (T at most kTile) that cover rows and p.m. Two
-// rows at once share loads of x and hide the latency of the FMA. kPairs: registers suffice for pairs with T > 1. A single
-// row of x takes pairs of short rows only: long ones are bound by memory, which serves one stream better than two.
-template <int kTile, bool kPairs, class Tile>
-void for_tiles(int64_t rows, int64_t columns, int64_t m, Tile tile) {
+// Calls tile(Int<T>, t) for tiles of T rows of x, T at most kTile, that cover p.m.
+template <int kTile, class Tile>
+void for_tiles(int64_t m, Tile tile) {
   int64_t t = 0;
-  const auto rows_of = [&](bool pairs, auto width) {
-    int64_t r = 0;
-    if constexpr (kPairs || width() == 1)
-      for (; pairs && r + 2 <= rows; r += 2) tile(Int<2>{}, width, r, t);
-    for (; r < rows; ++r) tile(Int<1>{}, width, r, t);
-    t += width();
-  };
-  while (t + kTile <= m) rows_of(true, Int<kTile>{});
+  for (; t + kTile <= m; t += kTile) tile(Int<kTile>{}, t);
   if constexpr (kTile > 2)
-    if (t + 2 <= m) rows_of(true, Int<2>{});
-  if (t < m) rows_of(columns <= kShortRow, Int<1>{});
+    if (t + 2 <= m) {
+      tile(Int<2>{}, t);
+      t += 2;
+    }
+  if (t < m) tile(Int<1>{}, t);
 }
 
-// `rows` adjacent rows of weights as two byte streams, times all rows of x; y: the first row's place in y.
-void dot_streams(Level level, const uint8_t* low, const uint8_t* high, int64_t rows, int64_t columns, const Product& p,
-                 float* y) {
+// low: the low bytes of the part's first row; high: true high bytes from its column part.begin on.
+void dot_streams(Level level, const uint8_t* low, const uint8_t* high, const Product& p, const Part& part) {
+  [[maybe_unused]] const int64_t origin = part.begin;
 #ifdef ZIP_X86
   if (level == kAvx512)
-    return for_tiles<avx512::kTile, true>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
-      const avx512::Streams w{low + r * columns, high + r * columns};
-      avx512::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
+    return for_tiles<avx512::kTile>(p.m, [&](auto tile, int64_t t) {
+      avx512::dot<tile()>(avx512::Streams{low, high, origin}, p, part, t);
     });
   if (level == kAvx2)
-    return for_tiles<avx2::kTile, false>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
-      const avx2::Streams w{low + r * columns, high + r * columns};
-      avx2::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
+    return for_tiles<avx2::kTile>(p.m, [&](auto tile, int64_t t) {
+      avx2::dot<tile()>(avx2::Streams{low, high, origin}, p, part, t);
     });
 #endif
   (void)level;
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t *l = low + r * columns, *h = high + r * columns;
-    dot_portable([&](int64_t c) { return widen(uint16_t(l[c] | h[c] << 8)); }, p, columns, y + r);
-  }
+  const auto weight = [&](int64_t r, int64_t c) {
+    const int64_t i = r * part.columns + c;
+    return widen(uint16_t(low[i] | high[i - origin] << 8));
+  };
+  dot_portable(weight, p, part);
 }
 
 // The same for plain BF16 words.
-void dot_words(Level level, const uint16_t* words, int64_t rows, int64_t columns, const Product& p, float* y) {
+void dot_words(Level level, const uint16_t* words, const Product& p, const Part& part) {
 #ifdef ZIP_X86
   if (level == kAvx512)
-    return for_tiles<avx512::kTile, true>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
-      const avx512::Words w{words + r * columns};
-      avx512::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
-    });
+    return for_tiles<avx512::kTile>(
+        p.m, [&](auto tile, int64_t t) { avx512::dot<tile()>(avx512::Words{words}, p, part, t); });
   if (level == kAvx2)
-    return for_tiles<avx2::kTile, false>(rows, columns, p.m, [&](auto tall, auto wide, int64_t r, int64_t t) {
-      const avx2::Words w{words + r * columns};
-      avx2::dot<tall(), wide()>(w, p.x + t * p.stride, p.stride, columns, y + t * p.ldy + r, p.ldy);
-    });
+    return for_tiles<avx2::kTile>(
+        p.m, [&](auto tile, int64_t t) { avx2::dot<tile()>(avx2::Words{words}, p, part, t); });
 #endif
   (void)level;
-  for (int64_t r = 0; r < rows; ++r)
-    dot_portable([&](int64_t c) { return widen(words[r * columns + c]); }, p, columns, y + r);
+  dot_portable([&](int64_t r, int64_t c) { return widen(words[r * part.columns + c]); }, p, part);
 }
+
+// True high bytes of the flat range [first, last) to `high`. False when the lists are damaged.
+bool decode_high(const Matrix& w, Level level, int64_t first, int64_t last, uint8_t* high) {
+  const auto simd = [&]([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t to) {
+#ifdef ZIP_X86
+    if (level == kAvx512) avx512::decode_high(w, from, to, high + (from - first));
+    else avx2::decode_high(w, from, to, high + (from - first));
+#endif
+  };
+  decode_range(w, level, first, last, simd, [&](int64_t i) { high[i - first] = w.high_at(i); });
+  return patch_fallbacks<1>(w, first, last, high);
+}
+
+// Walks the rows begin..end in the parts of a product: kChunk columns of a long row, or several short rows.
+struct Walk {
+  int64_t columns, end, row, column = 0;
+
+  int64_t rows() const { return std::min(std::max<int64_t>(1, kChunk / columns), end - row); }
+  int64_t stop() const { return columns <= kChunk ? columns : std::min(columns, column + kChunk); }
+  int64_t first() const { return row * columns + column; }                    // flat range of the part's weights
+  int64_t last() const { return (row + rows() - 1) * columns + stop(); }
+  bool done() const { return row >= end; }
+  Walk next() const {
+    return stop() < columns ? Walk{columns, end, row, stop()} : Walk{columns, end, row + rows(), 0};
+  }
+};
 
 // Rows begin..end of w times p.x into y, whose first column is row y_row. False when the lists are damaged.
 bool multiply_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end, int64_t y_row) {
   const Level level = supported_level(w.level);
-  const int64_t columns = w.columns, step = std::max<int64_t>(2, kSegment / columns / 2 * 2);
-  std::vector<uint8_t> scratch(size_t(step * columns));
-  uint8_t* high = scratch.data();
-  for (int64_t row = begin; row < end; row += step) {
-    const int64_t stop = std::min(end, row + step), first = row * columns, last = stop * columns;
-    const auto simd = [&]([[maybe_unused]] int64_t from, [[maybe_unused]] int64_t to) {
-#ifdef ZIP_X86
-      if (level == kAvx512) avx512::decode_high(w, from, to, high + (from - first));
-      else avx2::decode_high(w, from, to, high + (from - first));
-#endif
-    };
-    decode_range(w, level, first, last, simd, [&](int64_t i) { high[i - first] = w.high_at(i); });
-    if (!patch_fallbacks<1>(w, first, last, high)) return false;
-#ifdef ZIP_X86
-    const int64_t met = w.offsets[last / kBlock];
-    for (int64_t ahead = 0; ahead < 256; ahead += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(w.positions + met + ahead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(w.highs + met + ahead), _MM_HINT_T0);
-    }
-#endif
-    dot_streams(level, w.low + first, high, stop - row, columns, p, p.y + (row - y_row));
+  alignas(64) uint8_t buffers[2 * kChunk];
+  std::vector<float> sums(size_t(p.m * kSums));
+  uint8_t *now = buffers, *later = now + kChunk;
+  Walk at{w.columns, end, begin};
+  if (!at.done() && !decode_high(w, level, at.first(), at.last(), now)) return false;
+  while (!at.done()) {
+    // The next part is decoded before this one is used: bytes just written one by one are slow to read as vectors.
+    const Walk next = at.next();
+    if (!next.done() && !decode_high(w, level, next.first(), next.last(), later)) return false;
+    const Part part{at.rows(), at.column, at.stop(), w.columns, sums.data(), p.y + (at.row - y_row)};
+    dot_streams(level, w.low + at.row * w.columns, now, p, part);
+    std::swap(now, later);
+    at = next;
   }
   return true;
 }
@@ -192,7 +197,7 @@ std::vector<float> prepare_x(Product& p, Level level, int64_t columns, [[maybe_u
   std::vector<float> ready;
 #ifdef ZIP_X86
   if (level != kPortable) {
-    const int64_t padded = (columns + kLane - 1) / kLane * kLane;
+    const int64_t padded = (columns + kSums - 1) / kSums * kSums;
     int64_t order[kLane];
     for (int64_t k = 0; k < kLane; ++k)
       order[k] = level == kAvx512 ? avx512::column(k) : streams ? avx2::stream_column(k) : avx2::word_column(k);
@@ -263,9 +268,12 @@ int zip_bf16_matmul(const uint16_t* w, int64_t rows, int64_t columns, int64_t le
   zip::Product p{x, number, columns, y, rows};
   const std::vector<float> ready = zip::prepare_x(p, chosen, columns, false);
   zip::parallel(rows, rows * columns, threads, [&](int64_t begin, int64_t end) {
-    const int64_t step = std::max<int64_t>(2, zip::kSegment / columns / 2 * 2);  // rows that stay in L1 for all of x
-    for (int64_t r = begin; r < end; r += step)
-      zip::dot_words(chosen, w + r * columns, std::min(step, end - r), columns, p, y + r);
+    std::vector<float> sums(size_t(number * zip::kSums));
+    const int64_t step = std::max<int64_t>(1, zip::kChunk / columns);  // rows that stay in L1 for all tiles of x
+    for (int64_t r = begin; r < end; r += step) {
+      const zip::Part part{std::min(step, end - r), 0, columns, columns, sums.data(), y + r};
+      zip::dot_words(chosen, w + r * columns, p, part);
+    }
     return true;
   });
   return 0;

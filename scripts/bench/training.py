@@ -1,0 +1,110 @@
+"""Elastic steps against full steps, and packed rows against one padded document a row.
+
+`full_step`: seconds of a step of the whole model at the same rows; ours is the mean over the specs that the sampler
+draws. `padded`: positions a second when every document has a row of its own, padded to the longest.
+Documents are random, of the seven kinds that the demo judges; one process, plain-torch engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.common import Row, interleave
+from ernie_elastic.data.grouping import Document, Layout, build_document
+from ernie_elastic.data.packing import collate, pack_lengths
+from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.elastic.sampler import sample_spec
+from ernie_elastic.elastic.space import ElasticConfig
+from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
+from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.schema import PackedBatch, SubModelSpec
+from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.engine import TorchEngine
+
+PEERS = ("full_step", "padded")
+ROW_LENGTH = 256
+SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
+
+
+def model_config(quick: bool) -> ErnieElasticConfig:
+    """The demo preset's sizes (a smaller one when quick)."""
+    size = {"hidden_size": 64, "moe_intermediate_size": 32} if quick else {}
+    return ErnieElasticConfig(
+        **size, vocab_size=512, head_dim=32, visual_bits=24, visual_scales=SCALES, visual_amplitudes=[0.5] * 4,
+        understanding_patch=4, audio_num_levels=2, mrope_layout="interleaved",
+    )  # fmt: skip
+
+
+def documents(layout: Layout, count: int) -> list[Document]:
+    """Random documents with the demo's mix of lengths."""
+    rng = np.random.default_rng(0)
+
+    def text(role: str) -> Tokens:
+        return Tokens("text", role, ids=rng.integers(10, 512, int(rng.integers(6, 20))).astype(np.int32))
+
+    def picture(kind: str, role: str, frames: int) -> Tokens:
+        if role == "input":
+            return Tokens(kind, role, pixels=rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8))
+        return Tokens(kind, role, latents=rng.normal(size=(frames, 4, 4, 24)).astype(np.float16))
+
+    def sound(role: str) -> Tokens:
+        return Tokens("audio", role, codes=rng.integers(0, 64, (8, 2)).astype(np.int16))
+
+    makers: list[Callable[[], list[Tokens]]] = [
+        lambda: [picture("image", "input", 1), text("target")],
+        lambda: [text("input"), picture("image", "target", 1)],
+        lambda: [picture("video", "input", 4), text("target")],
+        lambda: [text("input"), picture("video", "target", 4)],
+        lambda: [sound("input"), text("target")],
+        lambda: [text("input"), sound("target")],
+        lambda: [text("input"), text("target")],
+    ]
+    return [build_document(makers[i % len(makers)](), layout) for i in range(count)]
+
+
+def packed(items: list[Document]) -> PackedBatch:
+    """All documents in rows of ROW_LENGTH."""
+    rows = pack_lengths([len(item) for item in items], ROW_LENGTH)
+    return collate([[items[i] for i in row] for row in rows], ROW_LENGTH)
+
+
+def run(quick: bool) -> list[Row]:
+    """Both rows."""
+    torch.manual_seed(0)
+    config = model_config(quick)
+    model = ErnieElasticForCausalLM(config)
+    engine = TorchEngine(model, TrainingConfig(engine="torch", rows_per_step=1))
+    items = documents(layout_of(config), 21 if quick else 42)
+    batch, padded, full = packed(items), collate([[item] for item in items]), config.full_spec()
+    specs = [sample_spec(ElasticConfig(), config, 0, step) for step in range(8 if quick else 32)]
+
+    def step(target: PackedBatch, spec: SubModelSpec) -> Any:
+        return engine.train_step([target], spec, 1e-4)
+
+    repeats = 4 if quick else 12
+    seconds = interleave(
+        {
+            "elastic": lambda _: [step(batch, spec) for spec in specs[:4]],
+            "full": lambda _: [step(batch, full) for _ in range(4)],
+        },
+        repeats // 4,
+    )
+    distinct = sorted({spec for spec in specs if spec != full}, key=lambda spec: spec.label())
+    reduced = interleave(
+        {"reduced": lambda turn: step(batch, distinct[turn % len(distinct)]), "full": lambda _: step(batch, full)},
+        repeats,
+    )
+    layouts = interleave({"packed": lambda _: step(batch, full), "padded": lambda _: step(padded, full)}, repeats)
+    positions = batch.num_positions
+    return [
+        Row("4 sampled steps", seconds["elastic"], {"full_step": seconds["full"]}, "s", False),
+        Row("a reduced step", reduced["reduced"], {"full_step": reduced["full"]}, "s", False),
+        Row(
+            f"{len(items)} documents", positions / layouts["packed"], {"padded": positions / layouts["padded"]},
+            "positions/s", True,
+        ),
+    ]  # fmt: skip
