@@ -38,7 +38,7 @@ def usage() -> str:
         [
             "usage: ernie-elastic COMMAND [options]",
             "",
-            "Train one elastic multimodal mixture of experts, cut smaller models out of it, compress them without loss.",
+            "Train one elastic multimodal mixture of experts, cut smaller ones out of it, compress them without loss.",
             "",
             *lines,
             "",

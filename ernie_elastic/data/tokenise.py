@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ernie_elastic.tokenizers.audio import AudioTokenizer
 from ernie_elastic.tokenizers.text import TextTokenizer
 from ernie_elastic.tokenizers.visual import VisualTokenizer
 
-TOKENIZER_NAMES = ("text", "visual", "audio")
+TOKENIZER_NAMES: tuple[Literal["text", "visual", "audio"], ...] = ("text", "visual", "audio")
 
 
 @dataclass(frozen=True)

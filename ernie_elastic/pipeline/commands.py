@@ -188,7 +188,7 @@ def decompress(source: Directory, /, *, out: Path, overwrite: Flag = False) -> N
         out: directory to write.
         overwrite: replace `out` if it exists.
     """
-    from ernie_elastic.compression.directory import decompress_directory
+    from ernie_elastic.compression import decompress_directory
 
     decompress_directory(source, out, overwrite=overwrite)
 
@@ -199,9 +199,19 @@ def info(source: Directory, /) -> None:
     Args:
         source: a directory that `compress` wrote.
     """
-    from ernie_elastic.compression.directory import print_info
+    from ernie_elastic.compression import directory_info
+    from ernie_elastic.stages import say
 
-    print_info(source)
+    rows = directory_info(source)
+    width = max(len(row["name"]) for row in rows)
+    say(f"{'tensor':{width}}  {'shape':>18}  {'layout':>12}  bits/weight  bound  checksum")
+    for row in rows:
+        bits = " ".join(
+            f"{row[key]:>{size}.3f}" if row.get(key) else " " * size
+            for key, size in (("bits_per_weight", 11), ("entropy_bits", 6))
+        )
+        shape = "x".join(str(size) for size in row["shape"])
+        say(f"{row['name']:{width}}  {shape:>18}  {row['layout']:>12}  {bits}  {row.get('checksum') or ''}")
 
 
 def generate(

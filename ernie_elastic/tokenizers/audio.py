@@ -218,5 +218,7 @@ class AudioTokenizer(nn.Module):
             raise CheckpointError(f"{error.filename} does not exist; run train-tokenizer audio") from error
         except Exception as error:  # JSON, safetensors and torch each raise their own kind
             first = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory} holds no whole audio tokenizer ({first}); run train-tokenizer audio") from error
+            raise CheckpointError(
+                f"{directory} holds no whole audio tokenizer ({first}); run train-tokenizer audio"
+            ) from error
         return tokenizer.eval()

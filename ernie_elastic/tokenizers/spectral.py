@@ -29,7 +29,9 @@ class Spectrum(torch.nn.Module):
     def __init__(self, window: int, hop: int) -> None:
         super().__init__()
         if window % 2 or hop % 2 or window < 2 * hop:
-            raise ConfigError(f"spectrum: window {window} and hop {hop} must be even, the window at least twice the hop")
+            raise ConfigError(
+                f"spectrum: window {window} and hop {hop} must be even, the window at least twice the hop"
+            )
         self.window, self.hop = window, hop
         self.register_buffer("hann_W", torch.hann_window(window), persistent=False)
 
@@ -78,7 +80,7 @@ class Spectrum(torch.nn.Module):
 
         background: single-pass spectrogram inversion; a parabola through the log magnitudes gives a peak's frequency.
         """
-        num_waves, num_frames, num_bins = magnitude_NTK.shape
+        num_waves, _, num_bins = magnitude_NTK.shape
         bins_K = torch.arange(num_bins, device=magnitude_NTK.device)
         phase_NK = magnitude_NTK.new_zeros(num_waves, num_bins)
         phases = []

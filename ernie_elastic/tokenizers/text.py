@@ -58,8 +58,9 @@ class TextTokenizer:
 
     def __init__(self, backend: Tokenizer) -> None:
         """backend: a tokenizer that knows all special tokens. Raises CheckpointError when one is missing."""
-        ids = {name: backend.token_to_id(special_text(name)) for name in SPECIAL_NAMES}
-        missing = [special_text(name) for name, index in ids.items() if index is None]
+        found = {name: backend.token_to_id(special_text(name)) for name in SPECIAL_NAMES}
+        ids = {name: index for name, index in found.items() if index is not None}
+        missing = [special_text(name) for name in SPECIAL_NAMES if name not in ids]
         if missing:
             raise CheckpointError(
                 f"text tokenizer: {' '.join(missing)} missing from a vocabulary of {backend.get_vocab_size()}; "
@@ -79,7 +80,9 @@ class TextTokenizer:
         """
         smallest = NUM_BYTES + len(SPECIAL_NAMES)
         if vocab_size < smallest:
-            raise ConfigError(f"text tokenizer: vocab_size {vocab_size} must be at least {smallest} (bytes and special tokens)")
+            raise ConfigError(
+                f"text tokenizer: vocab_size {vocab_size} must be at least {smallest} (bytes and special tokens)"
+            )
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

@@ -169,7 +169,9 @@ class VisualTokenizer(nn.Module):
             raise CheckpointError(f"{error.filename} does not exist; run train-tokenizer visual") from error
         except Exception as error:  # JSON, safetensors and torch each raise their own kind
             first = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory} holds no whole visual tokenizer ({first}); run train-tokenizer visual") from error
+            raise CheckpointError(
+                f"{directory} holds no whole visual tokenizer ({first}); run train-tokenizer visual"
+            ) from error
         return tokenizer.eval()
 
 

@@ -10,7 +10,7 @@ Shape letters: S steps, F features, C components, V codes of a level, Q levels, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,9 @@ class AudioTrainingConfig:
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.power_rounds < 1:
-            raise ConfigError(f"audio training: rounds {self.rounds} and power_rounds {self.power_rounds} must be at least 1")
+            raise ConfigError(
+                f"audio training: rounds {self.rounds} and power_rounds {self.power_rounds} must be at least 1"
+            )
 
 
 def train_audio_tokenizer(
@@ -50,8 +52,8 @@ def train_audio_tokenizer(
 ) -> tuple[AudioTokenizer, dict[str, Any]]:
     """An audio tokenizer fitted to `waves` (float32 [L] each) and its health on them.
 
-    Health: number of steps, energy share that the components keep (`audio_health` has the rest). Raises DataError when there are fewer
-    steps than codes or components.
+    Health: number of steps, energy share that the components keep (`audio_health` has the rest). Raises DataError
+    when there are fewer steps than codes or components.
     """
     training = training or AudioTrainingConfig()
     tokenizer = AudioTokenizer(config)
@@ -79,7 +81,10 @@ def train_audio_tokenizer(
 def principal_directions(
     points_SF: torch.Tensor, count: int, power_rounds: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Orthonormal directions float32 [F, count] of largest energy of points [S, F] (background: randomised range finder)."""
+    """Orthonormal directions float32 [F, count] of largest energy of points [S, F].
+
+    background: randomised range finder with power rounds.
+    """
     spare = min(count + 16, *points_SF.shape)
     basis_FR = torch.randn(points_SF.shape[1], spare, generator=generator)
     for _ in range(power_rounds):
@@ -97,12 +102,13 @@ def kmeans(
     count: int,
     rounds: int,
     generator: torch.Generator,
-    after_round: Any = None,
+    after_round: Callable[[], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(centres float32 [count, C], index of the nearest one int64 [S]) of points float32 [S, C].
 
-    Centre 0 is the zero vector and stays it. Starts from far-apart points (k-means++). Another centre that fewer than DEAD_COUNT points choose moves to the point
-    that is farthest from its own centre. after_round() is called after each round.
+    Centre 0 is the zero vector and stays it. Starts from far-apart points (k-means++).
+    Another centre that fewer than DEAD_COUNT points choose moves to the point that is farthest from its own centre.
+    after_round() is called after each round.
     """
     centres_VC = _spread_start(points_SC, count, generator)
     for number in range(rounds):

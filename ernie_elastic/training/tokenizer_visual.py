@@ -38,7 +38,7 @@ class VisualTrainingConfig:
     commitment: weight of the distance between a latent and its quantised value.
     """
 
-    steps: int = 2800
+    steps: int = 3200
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_share: float = 0.4
@@ -50,11 +50,13 @@ class VisualTrainingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.batch_size < 2:
-            raise ConfigError(f"visual training: steps {self.steps} and batch_size {self.batch_size} must be at least 2")
+            raise ConfigError(
+                f"visual training: steps {self.steps} and batch_size {self.batch_size} must be at least 2"
+            )
         if not 0 < self.warmup_share < 1 or not 0 <= self.coarse_share < 1:
             raise ConfigError(
-                f"visual training: warmup_share {self.warmup_share} must lie in (0, 1), coarse_share {self.coarse_share} "
-                "in [0, 1)"
+                f"visual training: warmup_share {self.warmup_share} must lie in (0, 1), "
+                f"coarse_share {self.coarse_share} in [0, 1)"
             )
 
 
@@ -72,13 +74,17 @@ def train_visual_tokenizer(
     training = training or VisualTrainingConfig()
     pixels_NHW3 = _stacked(pictures, config)
     if len(pixels_NHW3) < training.batch_size:
-        raise DataError(f"visual tokenizer: {len(pixels_NHW3)} pictures are fewer than one batch of {training.batch_size}")
+        raise DataError(
+            f"visual tokenizer: {len(pixels_NHW3)} pictures are fewer than one batch of {training.batch_size}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the layers' own initialisation draws from the global generator
         tokenizer = VisualTokenizer(config)
     patches_NhwP = tokenizer.patches(pixels_NHW3)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        tokenizer.parameters(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, training.steps, pct_start=0.05)
     warmup = min(max(1, round(training.warmup_share * training.steps)), training.steps - 1)
     recent = 0.0

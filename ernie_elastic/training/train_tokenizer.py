@@ -19,7 +19,15 @@ import soundfile
 from PIL import Image
 
 from ernie_elastic.data.checkers import score
-from ernie_elastic.data.world import WORLD_TASKS, draw_clip, draw_scene, random_clip, random_scene, world_rng, world_sample
+from ernie_elastic.data.world import (
+    WORLD_TASKS,
+    draw_clip,
+    draw_scene,
+    random_clip,
+    random_scene,
+    world_rng,
+    world_sample,
+)
 from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.schema import Sample
@@ -30,7 +38,10 @@ from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConf
 from ernie_elastic.training.tokenizer_audio import AudioTrainingConfig, audio_health, train_audio_tokenizer
 from ernie_elastic.training.tokenizer_text import TextTrainingConfig, text_health, train_text_tokenizer
 from ernie_elastic.training.tokenizer_visual import (
-    VisualTrainingConfig, partial_sums, train_visual_tokenizer, visual_health,
+    VisualTrainingConfig,
+    partial_sums,
+    train_visual_tokenizer,
+    visual_health,
 )  # fmt: skip
 
 TokenizerKind = Literal["text", "visual", "audio"]
@@ -107,7 +118,8 @@ def train_tokenizer(
     }  # fmt: skip
     extra: dict[str, Any] = {}
     start = time.perf_counter()
-    with stage_output(out, f"train-tokenizer-{kind}", config.resolved(kind), overwrite=overwrite, extra=extra) as directory:
+    resolved = config.resolved(kind)
+    with stage_output(out, f"train-tokenizer-{kind}", resolved, overwrite=overwrite, extra=extra) as directory:
         health = makers[kind](config, directory)
         write_json(directory / "health.json", health)
         extra["health"] = health
@@ -173,7 +185,8 @@ def _test_samples(config: TokenizerTrainingConfig, task: str, world: WorldConfig
 
 def _agreement(samples: list[Sample], outputs: list[np.ndarray], world: WorldConfig, key: str = "correct") -> float:
     """Share of outputs that a checker reads as the sample's truth; key "all" asks for every attribute."""
-    right = [score(sample.task, sample.truth, output, world)[key] for sample, output in zip(samples, outputs, strict=True)]
+    pairs = zip(samples, outputs, strict=True)
+    right = [score(sample.task, sample.truth, output, world)[key] for sample, output in pairs]
     return round(float(np.mean(right)), 4)
 
 
@@ -244,7 +257,8 @@ def _write_sounds(
 ) -> None:
     for index, pair in enumerate(pairs):
         for which, wave in zip(("original", "decoded"), pair, strict=True):
-            soundfile.write(directory / f"{name}-{index}-{which}.wav", wave, tokenizer.config.sample_rate, subtype="PCM_16")
+            path = directory / f"{name}-{index}-{which}.wav"
+            soundfile.write(path, wave, tokenizer.config.sample_rate, subtype="PCM_16")
 
 
 def _summary(kind: str, health: dict[str, Any]) -> list[str]:
@@ -265,8 +279,8 @@ def _summary(kind: str, health: dict[str, Any]) -> list[str]:
         entropy = " ".join(f"{value:.2f}" for value in health["bit_entropy_by_scale"])
         lines.append(f"PSNR {health['psnr_db']} dB ({scales} after each scale)")
         lines.append(
-            f"{health['bits_per_picture']} bits per picture, {100 * health['bits_used']:.1f} % in use, entropy of a bit "
-            f"by scale {entropy}"
+            f"{health['bits_per_picture']} bits per picture, {100 * health['bits_used']:.1f} % in use, "
+            f"entropy of a bit by scale {entropy}"
         )
         return lines
     for number, level in enumerate(health["levels"]):

@@ -22,7 +22,7 @@ from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
 
 PEERS = ("transformers_grouped", "transformers_loop", "recompute")
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 4, "moe_intermediate_size": 128, "max_position_embeddings": 4096,
 }  # fmt: skip
@@ -96,7 +96,7 @@ def decoding_row(quick: bool) -> Row:
             mask = batch.group_BT[:, None, :end] <= batch.group_BT[:, :end, None]
             hidden = model.model.embed_batch(batch)[:, :end]
             out = model.model.run_stack(hidden, batch.position_BT3[:, :end], mask[:, None], is_causal=False)
-            model.model.visual.bit_head(out.hidden)  # type: ignore[union-attr]
+            model.model.visual.bit_head(out.hidden)
 
     seconds = interleave({"ours": cached, "recompute": recompute}, 2 if quick else 5)
     case = f"draw one picture, 7 scales, prompt {prompt_length}"

@@ -32,7 +32,7 @@ SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
 
 def model_config(quick: bool) -> ErnieElasticConfig:
     """The demo preset's sizes (a smaller one when quick)."""
-    size = {"hidden_size": 64, "moe_intermediate_size": 32} if quick else {}
+    size: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 32} if quick else {}
     return ErnieElasticConfig(
         **size, vocab_size=512, head_dim=32, visual_bits=24, visual_scales=SCALES, visual_amplitudes=[0.5] * 4,
         understanding_patch=4, audio_num_levels=2, mrope_layout="interleaved",

@@ -59,7 +59,8 @@ def header(**entries: object) -> bytes:
         header(w={"dtype": "BF16", "shape": [2], "data_offsets": [0, 5]}),
         header(w={"dtype": "BF16", "shape": [-2], "data_offsets": [0, -4]}),
         header(w={"dtype": "BF16", "shape": [2], "data_offsets": [1, 5]}),
-        header(w={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, v={"dtype": "U8", "shape": [3], "data_offsets": [2, 5]}),
+        header(a={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+               b={"dtype": "U8", "shape": [3], "data_offsets": [2, 5]}),
         header(w={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}),
     ],
 )  # fmt: skip

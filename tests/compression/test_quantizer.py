@@ -17,12 +17,14 @@ from ernie_elastic.compression import (
     PackedEmbedding,
     PackedLinear,
     PackedTensor,
+    TbeConfig,
     compress_directory,
     directory_info,
     resident_weight_bytes,
     set_kernel,
 )
 from ernie_elastic.compression.container import SafetensorsFile
+from ernie_elastic.compression.quantizer import TbeHfQuantizer
 from ernie_elastic.errors import ConfigError, FormatError
 from tests.compression.conftest import CONFIGS, SIZES, Pair
 from tests.compression.test_directory import change_byte
@@ -227,3 +229,15 @@ def test_what_loads_dense_is_said(pairs: Pairs, caplog: pytest.LogCaptureFixture
         pairs("qwen3_moe").packed()
     assert "2 tensors load dense first, such as model.layers.0.mlp.gate.weight" in caplog.text
     assert "weights are packed in memory" in caplog.text
+
+
+def test_the_longest_prefix_of_a_device_map_places_a_weight() -> None:
+    quantizer = TbeHfQuantizer(TbeConfig())
+    quantizer._device_map = {"": "cpu", "model.layers.1": "cuda:1", "model.layers": "cuda:0"}
+    assert quantizer._device_of("model.layers.1.mlp.weight") == "cuda:1"
+    assert quantizer._device_of("model.layers.10.mlp.weight") == "cuda:0"
+    assert quantizer._device_of("lm_head.weight") == "cpu"
+    quantizer._device_map = None
+    assert quantizer._device_of("lm_head.weight") == "cpu"
+    with pytest.raises(ConfigError, match="disk"):
+        quantizer.validate_environment(device_map={"": "disk"})

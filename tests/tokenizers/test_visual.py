@@ -1,4 +1,4 @@
-"""The visual tokenizer's shapes, locality, files and errors; its quality is in tests/training/test_tokenizer_visual.py."""
+"""The visual tokenizer: shapes, locality, files and errors; tests/training/test_tokenizer_visual.py has its quality."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
 
 CONFIG = VisualTokenizerConfig(num_bits=6, width=16)
+
+
+WRONG_PIXELS = [
+    torch.zeros(1, 16, 16, 3, dtype=torch.uint8), torch.zeros(1, 32, 32, 3),
+    torch.zeros(1, 32, 32, 2, dtype=torch.uint8), np.zeros((32, 32, 3), np.uint8),
+]  # fmt: skip
 
 
 def make(config: VisualTokenizerConfig = CONFIG) -> VisualTokenizer:
@@ -96,7 +102,7 @@ def test_configs_that_cannot_work_are_refused(change: dict[str, Any], message: s
         VisualTokenizerConfig(**change)
 
 
-@pytest.mark.parametrize("wrong", [pixels(1, 16), pixels(1).float(), pixels(1)[..., :2], np.zeros((32, 32, 3), np.uint8)])
+@pytest.mark.parametrize("wrong", WRONG_PIXELS)
 def test_wrong_pixels_are_refused(wrong: torch.Tensor) -> None:
     with pytest.raises(DataError, match=r"expected uint8 \[N, 32, 32, 3\]"):
         make().encode(wrong)

@@ -11,7 +11,11 @@ from ernie_elastic.data.world import world_sample
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
 from ernie_elastic.training.tokenizer_audio import (
-    AudioTrainingConfig, audio_health, kmeans, principal_directions, train_audio_tokenizer,
+    AudioTrainingConfig,
+    audio_health,
+    kmeans,
+    principal_directions,
+    train_audio_tokenizer,
 )  # fmt: skip
 
 TASKS = ("text_to_audio", "text_to_speech")
@@ -80,7 +84,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None
     config, budget = AudioTokenizerConfig(num_components=16, codebook_size=16), AudioTrainingConfig(rounds=4)
     sounds = waves(TASKS[0], 20)
     first, second, other = (train_audio_tokenizer(sounds, config, budget, seed)[0] for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     assert not torch.equal(first.codebooks_QVC, other.codebooks_QVC)
 
 

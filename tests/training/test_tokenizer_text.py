@@ -21,7 +21,11 @@ def test_the_worlds_words_become_tokens_and_test_texts_come_back() -> None:
 
 def test_bytes_per_token_counts_utf8_bytes() -> None:
     tokenizer = TextTokenizer.train(["x"], 266)  # no merges: a token is a byte
-    assert text_health(tokenizer, ["zoë", "a"]) == {"bytes_per_token": 1.0, "tokens_per_text": 2.5, "round_trip_share": 1.0}
+    assert text_health(tokenizer, ["zoë", "a"]) == {
+        "bytes_per_token": 1.0,
+        "tokens_per_text": 2.5,
+        "round_trip_share": 1.0,
+    }
 
 
 def test_no_text_and_too_small_a_vocabulary_are_refused() -> None:

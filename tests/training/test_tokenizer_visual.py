@@ -15,7 +15,11 @@ from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
 from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
 from ernie_elastic.training.tokenizer_visual import (
-    VisualTrainingConfig, measured_amplitudes, partial_sums, train_visual_tokenizer, visual_health,
+    VisualTrainingConfig,
+    measured_amplitudes,
+    partial_sums,
+    train_visual_tokenizer,
+    visual_health,
 )  # fmt: skip
 from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig, world_pictures
 
@@ -25,9 +29,9 @@ Trained = tuple[VisualTokenizer, dict[str, Any]]
 @pytest.fixture(scope="module")
 def trained() -> Trained:
     torch.manual_seed(5)  # must not matter
-    data = TokenizerTrainingConfig(dense_scenes=900, scenes=400, clips=100)
-    config = VisualTokenizerConfig(num_bits=24, width=128)
-    return train_visual_tokenizer(world_pictures(data), config, VisualTrainingConfig(steps=450))
+    data = TokenizerTrainingConfig(dense_scenes=700, scenes=300, clips=80)
+    config = VisualTokenizerConfig(num_bits=24, width=96)
+    return train_visual_tokenizer(world_pictures(data), config, VisualTrainingConfig(steps=300, batch_size=48))
 
 
 def scenes(count: int) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -59,7 +63,9 @@ def test_measured_amplitudes_are_the_best_constants() -> None:
     latent = torch.randn(50, 4, 4, 6)
     quantizer = MultiScaleBits(((2, 2), (4, 4), (4, 4)), (1.0, 1.0, 1.0))
     amplitudes = measured_amplitudes(latent, quantizer)
-    error = lambda values: float((dataclasses.replace(quantizer, amplitudes=values).encode(latent).total - latent).square().mean())
+    error = lambda values: float(
+        (dataclasses.replace(quantizer, amplitudes=values).encode(latent).total - latent).square().mean()
+    )
     best = error(amplitudes)
     for change in (0.8, 1.25):
         assert best < error((*amplitudes[:2], amplitudes[2] * change))
@@ -72,7 +78,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None
     config, budget = VisualTokenizerConfig(num_bits=4, width=16), VisualTrainingConfig(steps=12, batch_size=16)
     first, second, other = (train_visual_tokenizer(pictures, config, budget, seed)[0] for seed in (0, 0, 1))
     assert first.config == second.config
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     assert not torch.equal(first.decoder.last.weight, other.decoder.last.weight)
 
 

@@ -64,7 +64,7 @@ ZIP_AVX2 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, ui
   const __m256i table = load_table(m.table);
   for (int64_t i = begin; i < end; i += kGroup) {
     const uint8_t* codes = m.codes + 3 * (i / 8);
-    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T1);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i - begin)), high_bytes(codes, table));
   }
 }
@@ -102,7 +102,7 @@ struct Streams {
     a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
   }
   ZIP_AVX2 void load32(int64_t i, int64_t rest, __m256i& a, __m256i& b) const {
-    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T1);
     if (rest >= kLane) return join(low + i, high + (i - origin), a, b);
     uint8_t tail[2 * kLane] = {};
     std::memcpy(tail, low + i, size_t(rest));
@@ -116,7 +116,7 @@ struct Words {
   static constexpr bool kStreams = false;
 
   ZIP_AVX2 void load32(int64_t i, int64_t rest, __m256i& a, __m256i& b) const {
-    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kWordsAhead, _MM_HINT_T1);
     uint16_t tail[kLane] = {};
     const uint16_t* source = words + i;
     if (rest < kLane) {

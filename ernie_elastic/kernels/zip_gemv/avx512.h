@@ -94,7 +94,7 @@ ZIP_AVX512 inline void decode_high(const Matrix& m, int64_t begin, int64_t end, 
   const __m512i fields = _mm512_load_si512(indices().fields);
   for (int64_t i = begin; i < end; i += kGroup) {
     const uint8_t* codes = m.codes + 3 * (i / 8);
-    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kCodesAhead), _MM_HINT_T1);
     _mm512_storeu_si512(out + (i - begin), high_bytes(codes, table, spread, fields));
   }
 }
@@ -112,7 +112,8 @@ ZIP_AVX512 inline float reduce(const __m512 (&s)[4]) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-// Rows of weights as two byte streams or as BF16 words; load32 gives weights i..i+31, +0 for those not `inside`.
+// Rows of weights as two byte streams or as BF16 words; load32 gives weights i..i+31: all of them when kWhole, else +0
+// for those not `inside`.
 struct Streams {
   const uint8_t *low, *high;  // high[0] belongs to low[origin]
   int64_t origin;
@@ -123,10 +124,12 @@ struct Streams {
   ZIP_AVX512 static Constants constants() {
     return {_mm512_load_si512(indices().even), _mm512_load_si512(indices().odd)};
   }
+  template <bool kWhole>
   ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512 (&w)[2]) const {
-    _mm_prefetch(reinterpret_cast<const char*>(low + i + kLowAhead), _MM_HINT_T0);
-    const __m512i both =
-        join(_mm256_maskz_loadu_epi8(inside, low + i), _mm256_maskz_loadu_epi8(inside, high + (i - origin)));
+    const uint8_t *l = low + i, *h = high + (i - origin);
+    _mm_prefetch(reinterpret_cast<const char*>(l + kLowAhead), _MM_HINT_T1);
+    const __m512i both = kWhole ? join(load(l), load(h))
+                                : join(_mm256_maskz_loadu_epi8(inside, l), _mm256_maskz_loadu_epi8(inside, h));
     w[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.even, both));
     w[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(kUpperHalves, k.odd, both));
   }
@@ -139,13 +142,28 @@ struct Words {
   };
 
   ZIP_AVX512 static Constants constants() { return {_mm512_set1_epi32(int(0xFFFF0000))}; }
+  template <bool kWhole>
   ZIP_AVX512 void load32(int64_t i, __mmask32 inside, const Constants& k, __m512 (&w)[2]) const {
-    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kPrefetch, _MM_HINT_T0);
-    const __m512i all = _mm512_maskz_loadu_epi16(inside, words + i);
+    _mm_prefetch(reinterpret_cast<const char*>(words + i) + kWordsAhead, _MM_HINT_T1);
+    const __m512i all = kWhole ? _mm512_loadu_si512(words + i) : _mm512_maskz_loadu_epi16(inside, words + i);
     w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
     w[1] = _mm512_castsi512_ps(_mm512_and_si512(all, k.upper));
   }
 };
+
+// sums += the 64 weights from i on times T rows of x.
+template <bool kWhole, int T, class Weights>
+ZIP_AVX512 inline void accumulate(const Weights& weights, const typename Weights::Constants& constants, int64_t i,
+                                  uint64_t inside, const float* x, int64_t stride, __m512 (&sums)[T][4]) {
+  __m512 w[2];
+  ZIP_UNROLL for (int half = 0; half < 2; ++half) {
+    weights.template load32<kWhole>(i + half * kLane, __mmask32(inside >> (half * kLane)), constants, w);
+    ZIP_UNROLL for (int k = 0; k < 2 * T; ++k) {
+      __m512& sum = sums[k / 2][2 * half + k % 2];
+      sum = _mm512_fmadd_ps(w[k % 2], _mm512_load_ps(x + k / 2 * stride + half * kLane + 16 * (k % 2)), sum);
+    }
+  }
+}
 
 // The part times rows t..t+T-1 of x, which is in `column` order, aligned and padded to whole groups.
 template <int T, class Weights>
@@ -157,25 +175,19 @@ ZIP_AVX512 void dot(const Weights& weights, const Product& p, const Part& part, 
   const float* x = p.x + t * stride;
   float *kept = part.sums + t * kSums, *y = part.y + t * ldy;
   for (int64_t r = 0; r < rows; ++r) {
-    __m512 sums[T][4], w[2];
+    __m512 sums[T][4];
     ZIP_UNROLL for (int k = 0; k < 4 * T; ++k)
-      sums[k / 4][k % 4] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(kept + 16 * k);
-    for (int64_t c = begin; c < end; c += kSums) {
-      const int64_t rest = end - c;  // weights beyond the row count as +0
-      const uint64_t inside = rest >= kSums ? ~0ull : (1ull << rest) - 1;
-      ZIP_UNROLL for (int half = 0; half < 2; ++half) {
-        const int64_t at = c + half * kLane;
-        weights.load32(r * columns + at, __mmask32(inside >> (half * kLane)), constants, w);
-        ZIP_UNROLL for (int k = 0; k < 2 * T; ++k) {
-          __m512& sum = sums[k / 2][2 * half + k % 2];
-          sum = _mm512_fmadd_ps(w[k % 2], _mm512_load_ps(x + k / 2 * stride + at + 16 * (k % 2)), sum);
-        }
-      }
-    }
+      sums[k / 4][k % 4] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(kept + k / 4 * kSums + 16 * (k % 4));
+    int64_t c = begin;
+    for (; c + kSums <= end; c += kSums)
+      accumulate<true, T>(weights, constants, r * columns + c, ~0ull, x + c, stride, sums);
+    if (c < end)
+      accumulate<false, T>(weights, constants, r * columns + c, (1ull << (end - c)) - 1, x + c, stride, sums);
     if (last) {
       ZIP_UNROLL for (int k = 0; k < T; ++k) y[k * ldy + r] = reduce(sums[k]);
     } else {
-      ZIP_UNROLL for (int k = 0; k < 4 * T; ++k) _mm512_storeu_ps(kept + 16 * k, sums[k / 4][k % 4]);
+      ZIP_UNROLL for (int k = 0; k < 4 * T; ++k)
+        _mm512_storeu_ps(kept + k / 4 * kSums + 16 * (k % 4), sums[k / 4][k % 4]);
     }
   }
 }

@@ -24,8 +24,8 @@ from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 ABI = 2
 # Above this many rows of x, decoding a block and multiplying by torch is faster (scripts/bench/zip_gemv_cpu.py).
 FUSED_MAX_ROWS = 16
-# Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the L2 cache.
-DECODE_BLOCK_BYTES = 512 << 10
+# Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the last-level cache.
+DECODE_BLOCK_BYTES = 4 << 20
 LEVELS = ("portable loops", "AVX2 + FMA", "AVX-512")
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 

@@ -24,12 +24,12 @@ constexpr int64_t kBlock = 256;       // weights that one fallback list covers
 constexpr int64_t kSums = 64;         // partial sums of a dot product
 constexpr int64_t kLane = 32;         // weights that are widened at once: half of them
 constexpr int64_t kSegment = 4096;    // weights decoded between two passes over their fallbacks
-constexpr int64_t kChunk = 1024;      // columns of a product whose high bytes wait in L1; a multiple of kSums
-constexpr int64_t kPrefetch = 1024;   // bytes ahead in a plain matrix
-// A product asks for what comes two chunks later: for codes in its first phase, for low bytes in its second, so that
-// memory is never idle.
-constexpr int64_t kCodesAhead = 2 * kChunk / 8 * 3;
-constexpr int64_t kLowAhead = 2 * kChunk;
+constexpr int64_t kChunk = 2048;      // columns of a product whose high bytes wait in L1; a multiple of kSums
+// Bytes that a product asks for ahead (into L2: L1 has no room for them): low bytes in its second phase, codes in its
+// first, so that memory is never idle; words of a plain matrix. Measured.
+constexpr int64_t kLowAhead = 8192;
+constexpr int64_t kCodesAhead = kLowAhead / 8 * 3;
+constexpr int64_t kWordsAhead = 8192;
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Passed from Python as it is (cpu_impl.Matrix). level: the highest instruction set that may be used.
@@ -81,7 +81,8 @@ bool patch_fallbacks(const Matrix& m, int64_t begin, int64_t end, uint8_t* out) 
     if (base >= begin && base + kBlock <= end) {
       uint8_t* place = out + (base - begin) * kStride + kStride - 1;
       if (k + 8 <= fallbacks) {  // the usual count is 3 to 8: eight writes, those beyond the list to `nowhere`
-        const uintptr_t away = reinterpret_cast<uintptr_t>(&nowhere), shift = reinterpret_cast<uintptr_t>(place) - away;
+        const uintptr_t away = reinterpret_cast<uintptr_t>(&nowhere);
+        const uintptr_t shift = reinterpret_cast<uintptr_t>(place) - away;
         for (int j = 0; j < 8; ++j) {
           // Arithmetic, since a branch would be mispredicted for every other block.
           const uintptr_t valid = uintptr_t((k + j - last) >> 63);
@@ -125,8 +126,9 @@ struct Product {
   int64_t ldy;
 };
 
-// Columns begin..end of `rows` adjacent rows of weights. The partial sums of a row pass from part to part through
-// `sums` [m, kSums], in whatever order the code that runs keeps them; the last part writes to y. Several rows are whole.
+// Columns begin..end of `rows` adjacent rows of weights (whole rows when there are several). The partial sums of a row
+// pass from part to part through `sums` [m, kSums], in whatever order the code that runs keeps them; the last part
+// writes to y.
 struct Part {
   int64_t rows, begin, end, columns;
   float* sums;

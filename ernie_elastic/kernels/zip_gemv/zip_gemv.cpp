@@ -2,7 +2,8 @@
 //
 // Plain C ABI, no dependency but the C++17 standard library. One binary serves every x86-64 (AVX-512 or AVX2 code is
 // chosen at run time) and, by the portable loops, any other little-endian processor. A product decodes the high bytes
-// of a few rows into L1, writes the fallbacks over them, then joins both byte streams in registers.
+// of a part of a row (or of a few short rows) into L1, writes the fallbacks over them, and joins both byte streams in
+// registers while it multiplies.
 // Every function returns 0, or -1 when an argument or a fallback list is out of range.
 
 #include <thread>
@@ -242,7 +243,8 @@ int zip_unpack_rows(const zip::Matrix* m, const int64_t* which, int64_t number, 
   const bool good = zip::parallel(number, number * columns, threads, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       if (which[k] < 0 || which[k] >= m->rows) return false;
-      if (!zip::decode_any(*m, which[k] * columns, (which[k] + 1) * columns, out + k * row_bytes, is_float)) return false;
+      const int64_t first = which[k] * columns;
+      if (!zip::decode_any(*m, first, first + columns, out + k * row_bytes, is_float)) return false;
     }
     return true;
   });

@@ -1,0 +1,152 @@
+"""The benchmark runner and gpu_check: what they print and write, and how they fail."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ernie_elastic.errors import ConfigError
+from tests.support import ROOT
+
+RUN = ROOT / "scripts" / "bench" / "run.py"
+REQUIRED = {"codec": {"zipnn", "zstd"}, "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"}}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports modules of scripts/bench by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this checkout from another folder."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=120)
+
+
+def check_rows(rows: list[dict[str, Any]], peers: set[str]) -> None:
+    """Rows as the JSON promises them: positive numbers, a ratio for each peer that ran."""
+    assert rows
+    for row in rows:
+        assert list(row) == ["case", "ours", "theirs", "unit", "ratio"]
+        assert row["ours"] > 0 and all(value > 0 for value in row["theirs"].values())
+        assert set(row["theirs"]) == set(row["ratio"]) <= peers
+        for peer, value in row["theirs"].items():
+            better = row["ours"] / value if row["unit"] != "bits/weight" else value / row["ours"]
+            assert row["ratio"][peer] == pytest.approx(better)
+
+
+def test_list_names_every_benchmark_and_unknown_names_are_one_line() -> None:
+    listed = run_process(str(RUN), "--list")
+    assert listed.returncode == 0, listed.stderr
+    assert set(REQUIRED) <= {line.split()[0] for line in listed.stdout.splitlines()}
+    assert all(len(line.split()) > 3 for line in listed.stdout.splitlines())
+    unknown = run_process(str(RUN), "no-such")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("bench: error: benchmark 'no-such' is not known; choose codec")
+    assert len(unknown.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_benchmark_declares_its_peers(bench: Any, name: str) -> None:
+    assert set(bench(name).PEERS) == REQUIRED[name]
+
+
+def test_codec_writes_its_rows(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec: ModuleType = bench("codec")
+    weight = (torch.randn(64, 80) * 0.02).bfloat16()
+    monkeypatch.setattr(codec, "cases", lambda quick: {"tiny": weight})
+    file = tmp_path / "codec.json"
+    bench("run").run("codec", True, file)
+    found = json.loads(file.read_text())
+    assert list(found) == ["name", "hardware", "commit", "rows"] and found["name"] == "codec"
+    check_rows(found["rows"], REQUIRED["codec"])
+    assert [row["case"] for row in found["rows"]] == ["tiny size", "tiny encode", "tiny decode"]
+    assert 11 < found["rows"][0]["ours"] < 13
+    printed = capsys.readouterr()
+    assert "tiny size" in printed.out and f"wrote {file}" in printed.out
+    for peer in REQUIRED["codec"]:
+        ran = peer in found["rows"][0]["theirs"]
+        assert ran != (f"peer {peer} is left out: not installed" in printed.err)
+
+
+def test_codec_that_loses_bits_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec: ModuleType = bench("codec")
+    monkeypatch.setattr(codec.codec, "decode", lambda stream: torch.zeros(8, 8, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="ours does not give back the bits of tiny"):
+        codec.measure("tiny", torch.randn(8, 8).bfloat16(), 1)
+
+
+def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gemv: ModuleType = bench("zip_gemv_cpu")
+    if "native" not in gemv.zip_gemv.available_backends():
+        with pytest.raises(ConfigError, match="zip_gemv: auto = reference"):
+            gemv.run(True)
+        return
+    monkeypatch.setattr(gemv, "QUICK_SHAPES", ((64, 96),))
+    monkeypatch.setattr(gemv, "CACHES", 0)
+    rows = [row.to_json() for row in gemv.run(True)]
+    check_rows(rows, REQUIRED["zip_gemv_cpu"])
+    assert [row["case"].split(" (")[0] for row in rows] == ["64x96 M=1", "64x96 M=4"]
+    assert all(set(row["theirs"]) == REQUIRED["zip_gemv_cpu"] for row in rows)
+
+
+def test_interleave_runs_variants_in_turn_and_takes_medians(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    common: ModuleType = bench("common")
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    calls: list[tuple[str, int]] = []
+    costs = {"a": iter([100, 1, 9, 2]), "b": iter([100, 5, 5, 50])}
+
+    def variant(name: str) -> Any:
+        def work(turn: int) -> None:
+            calls.append((name, turn))
+            clock[0] += next(costs[name])
+
+        return work
+
+    assert common.interleave({"a": variant("a"), "b": variant("b")}, repeats=3, warmup=1) == {"a": 2, "b": 5}
+    assert calls == [(name, turn) for turn, name in enumerate("abababab")]
+
+
+def test_ratio_is_above_one_when_ours_is_better(bench: Any) -> None:
+    row = bench("common").Row
+    assert row("speed", 6.0, {"x": 3.0}, "MB/s", higher_is_better=True).ratio == {"x": 2.0}
+    assert row("size", 6.0, {"x": 3.0}, "bits", higher_is_better=False).ratio == {"x": 0.5}
+
+
+def test_json_path_that_cannot_be_is_named_before_the_work(bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a directory; make it first"):
+        bench("run").run("codec", True, tmp_path / "no" / "x.json")
+
+
+def test_gpu_check_imports_little_before_the_device_call() -> None:
+    tree = ast.parse((ROOT / "scripts" / "gpu_check.py").read_text())
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    assert {"torch", "triton"} <= found
+    assert found - {"torch", "triton"} <= sys.stdlib_module_names
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu_is_one_line(tmp_path: Path) -> None:
+    done = run_process(str(ROOT / "scripts" / "gpu_check.py"), "--quick", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("gpu_check: error: no usable GPU (")
+    assert not (tmp_path / "out").exists()
