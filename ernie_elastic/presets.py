@@ -49,7 +49,7 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
-        training=TrainingConfig(steps=1500, rows_per_step=8, checkpoint_every=500),
+        training=TrainingConfig(steps=1200, rows_per_step=10, checkpoint_every=400),
     )
 
 

@@ -60,7 +60,9 @@ def in_parent_numbering(
         )
     kept = tuple(tuple(int(e) for e in row) for row in kept_experts)
     header = replace(
-        counts.header, num_experts=num_experts, kept_experts=kept,
+        counts.header,
+        num_experts=num_experts,
+        kept_experts=kept,
         layers=counts.header.layers if layers is None else tuple(int(layer) for layer in layers),
     )
     wide = np.zeros((*counts.counts.shape[:2], num_experts), dtype=np.int64)

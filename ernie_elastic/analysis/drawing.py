@@ -28,8 +28,13 @@ PALETTES = {
 }
 # Okabe-Ito: blues understand, oranges generate, green is sound; text takes the ink colour of the theme.
 TASK_COLOURS = {
-    "image_understanding": "#0072b2", "video_understanding": "#56b4e9", "image_generation": "#d55e00",
-    "video_generation": "#e69f00", "audio": "#009e73", "audio_understanding": "#009e73", "audio_generation": "#cc79a7",
+    "image_understanding": "#0072b2",
+    "video_understanding": "#56b4e9",
+    "image_generation": "#d55e00",
+    "video_generation": "#e69f00",
+    "audio": "#009e73",
+    "audio_understanding": "#009e73",
+    "audio_generation": "#cc79a7",
 }
 OTHER_COLOURS = ("#cc79a7", "#999999", "#f0e442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
@@ -89,13 +94,26 @@ def theme(name: str) -> Iterator[dict[str, str]]:
     """Draw inside this block with the colours of "light" or "dark"; matplotlib's settings are restored after it."""
     colours = PALETTES[name]
     settings: Any = {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9,
-        "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.linewidth": 0.7,
-        "axes.spines.top": False, "axes.spines.right": False,
-        "text.color": colours["ink"], "axes.labelcolor": colours["ink"], "axes.edgecolor": colours["soft"],
-        "xtick.color": colours["soft"], "ytick.color": colours["soft"], "xtick.labelcolor": colours["ink"],
-        "ytick.labelcolor": colours["ink"], "figure.facecolor": colours["paper"], "axes.facecolor": colours["paper"],
-        "legend.frameon": False, "svg.hashsalt": "ernie-elastic",
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "axes.linewidth": 0.7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.color": colours["ink"],
+        "axes.labelcolor": colours["ink"],
+        "axes.edgecolor": colours["soft"],
+        "xtick.color": colours["soft"],
+        "ytick.color": colours["soft"],
+        "xtick.labelcolor": colours["ink"],
+        "ytick.labelcolor": colours["ink"],
+        "figure.facecolor": colours["paper"],
+        "axes.facecolor": colours["paper"],
+        "legend.frameon": False,
+        "svg.hashsalt": "ernie-elastic",
     }
     with matplotlib.rc_context(settings):
         yield colours

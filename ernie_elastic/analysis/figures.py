@@ -74,8 +74,15 @@ def specialization_panels(counts: RoutingCounts, style: str = "light") -> list[P
             lay_out(figure, (0.55, 0.1, 0.42, 0.62), 0.55)
         stride = len(counts.header.layers) * experts
         regions = tuple(
-            Region(axes_box(axes), "frequency", title, (task_label(counts.task_names[task]),), experts,
-                   task * stride + layer * experts, 0)
+            Region(
+                axes_box(axes),
+                "frequency",
+                title,
+                (task_label(counts.task_names[task]),),
+                experts,
+                task * stride + layer * experts,
+                0,
+            )
             for task, axes in enumerate(grid)
         )
         panels.append(Panel(f"figure8_{word}", f"Modality specialization, {title}", figure, regions))
@@ -172,7 +179,11 @@ def entropy_panel(counts: RoutingCounts, style: str = "light") -> Panel:
             if counts.tokens[task] == 0:
                 continue
             axes.plot(
-                range(len(layers)), values[task], color=task_colour(name, task, colours), linewidth=1.6, markersize=4,
+                range(len(layers)),
+                values[task],
+                color=task_colour(name, task, colours),
+                linewidth=1.6,
+                markersize=4,
                 marker=MARKERS[task % len(MARKERS)] if len(layers) <= 32 else None,
                 label=f"{task_label(name)} ({counts.tokens[task]:,})",
             )
@@ -181,8 +192,16 @@ def entropy_panel(counts: RoutingCounts, style: str = "light") -> Panel:
         if bottom < floor < 1:
             bottom = max(0.0, min(bottom, floor - 0.09))  # no line can go below the floor, so its label stands there
             axes.axhline(floor, color=colours["soft"], linewidth=1, linestyle=(0, (1, 2)))
-            axes.text(0.99, floor - 0.022, "lowest possible: the same k experts always", ha="right", va="top",
-                      transform=axes.get_yaxis_transform(), fontsize=8, color=colours["soft"])
+            axes.text(
+                0.99,
+                floor - 0.022,
+                "lowest possible: the same k experts always",
+                ha="right",
+                va="top",
+                transform=axes.get_yaxis_transform(),
+                fontsize=8,
+                color=colours["soft"],
+            )
         axes.set_ylim(bottom, 1.01)
         axes.set_xlim(-0.5, len(layers) - 0.5)
         ticks = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 9)).round().astype(int))
@@ -200,8 +219,14 @@ def entropy_panel(counts: RoutingCounts, style: str = "light") -> Panel:
 
 
 def _cell_map(
-    layers: Sequence[int], values: np.ndarray, norm: Normalize, ticks: Sequence[float], tick_labels: Sequence[str],
-    bar_label: str, title: str, style: str,
+    layers: Sequence[int],
+    values: np.ndarray,
+    norm: Normalize,
+    ticks: Sequence[float],
+    tick_labels: Sequence[str],
+    bar_label: str,
+    title: str,
+    style: str,
 ) -> tuple[Figure, Axes]:
     """A layer by expert heat map with its colour bar; masked cells stay in the background colour."""
     with theme(style) as colours:
@@ -244,8 +269,14 @@ def heat_map_panels(counts: RoutingCounts, style: str = "light") -> list[Panel]:
         values = np.clip(ratio[task], 1 / widest, widest)
         norm = LogNorm(1 / widest, widest)
         figure, axes = _cell_map(
-            header.layers, values, norm, ticks, names, "activation / fair share (k/N)",
-            f"{title}\n{scope_note(counts)}", style,
+            header.layers,
+            values,
+            norm,
+            ticks,
+            names,
+            "activation / fair share (k/N)",
+            f"{title}\n{scope_note(counts)}",
+            style,
         )
         labels = tuple(f"layer {layer}" for layer in header.layers)
         offset = task * layers * experts
@@ -267,8 +298,14 @@ def difference_panels(comparison: st.Comparison, style: str = "light") -> list[P
         norm = TwoSlopeNorm(0.0, -limit, limit)
         ticks = [-limit, 0.0, limit]
         figure, axes = _cell_map(
-            comparison.layers, values, norm, ticks, [f"{t:+.0f}" if t else "0" for t in ticks], "percentage points",
-            f"{task_label(name)}: this minus the other", style,
+            comparison.layers,
+            values,
+            norm,
+            ticks,
+            [f"{t:+.0f}" if t else "0" for t in ticks],
+            "percentage points",
+            f"{task_label(name)}: this minus the other",
+            style,
         )
         labels = tuple(f"layer {layer}" for layer in comparison.layers)
         region = Region(axes_box(axes), "difference", task_label(name), labels, experts, task * rows * experts, experts)

@@ -18,13 +18,18 @@ from ernie_elastic.analysis.drawing import task_label
 from ernie_elastic.analysis.trace import RoutingCounts
 
 PAPER_ORDER = (
-    "text", "image_understanding", "video_understanding", "image_generation", "video_generation", st.AUDIO_ROW
+    "text",
+    "image_understanding",
+    "video_understanding",
+    "image_generation",
+    "video_generation",
+    st.AUDIO_ROW,
 )
 # paper: figure 9, the printed IoU values above the diagonal, for the first, middle and last layer.
 PAPER_IOU = {
-    "first": (.03, .03, .06, .06, .12, .98, .22, .22, .31, .22, .23, .32, .64, .31, .27),
-    "middle": (.21, .28, .03, .03, .32, .52, .22, .21, .25, .18, .19, .27, .83, .11, .10),
-    "last": (.29, .38, .09, .08, .40, .64, .25, .24, .63, .22, .20, .55, .78, .25, .23),
+    "first": (0.03, 0.03, 0.06, 0.06, 0.12, 0.98, 0.22, 0.22, 0.31, 0.22, 0.23, 0.32, 0.64, 0.31, 0.27),
+    "middle": (0.21, 0.28, 0.03, 0.03, 0.32, 0.52, 0.22, 0.21, 0.25, 0.18, 0.19, 0.27, 0.83, 0.11, 0.10),
+    "last": (0.29, 0.38, 0.09, 0.08, 0.40, 0.64, 0.25, 0.24, 0.63, 0.22, 0.20, 0.55, 0.78, 0.25, 0.23),
 }
 UNDERSTANDING, GENERATION = PAPER_ORDER[1:3], PAPER_ORDER[3:5]
 FEW_HITS = 20  # ours: below this many expected choices per expert, sampling noise shows in every figure
@@ -123,7 +128,8 @@ def cautions(counts: RoutingCounts) -> list[str]:
     none = [task_label(n) for n, tokens in zip(counts.task_names, counts.tokens, strict=True) if tokens == 0]
     few = [
         f"{task_label(name)} ({expected[i]:.1f})"
-        for i, name in enumerate(counts.task_names) if 0 < expected[i] < FEW_HITS
+        for i, name in enumerate(counts.task_names)
+        if 0 < expected[i] < FEW_HITS
     ]
     lines = []
     if none:

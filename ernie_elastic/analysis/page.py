@@ -137,19 +137,35 @@ def _summary(counts: RoutingCounts) -> str:
         if best >= 0:
             label = task_label([n for n in counts.task_names if n != name][int(others.argmax())])
             partner = f"{html.escape(label)} ({best:.2f})"
-        rows.append([
-            html.escape(task_label(name)), f"{counts.tokens[task]:,}",
-            f"{entropy[task].mean():.3f} ({entropy[task].min():.2f} to {entropy[task].max():.2f})",
-            f"{load[task].mean():.2f}", f"{unused[task].mean():.1f}", partner,
-        ])
+        rows.append(
+            [
+                html.escape(task_label(name)),
+                f"{counts.tokens[task]:,}",
+                f"{entropy[task].mean():.3f} ({entropy[task].min():.2f} to {entropy[task].max():.2f})",
+                f"{load[task].mean():.2f}",
+                f"{unused[task].mean():.1f}",
+                partner,
+            ]
+        )
     everything = st.normalized_entropy(whole)[0]
-    rows.append([
-        "All tasks", f"{int(whole.tokens[0]):,}",
-        f"{everything.mean():.3f} ({everything.min():.2f} to {everything.max():.2f})",
-        f"{st.max_over_mean(whole)[0].mean():.2f}", f"{st.dead_experts(whole)[0].mean():.1f}", "none",
-    ])
-    head = ("Task", "Tokens", "Normalised entropy (range over layers)", "Load, max / mean", "Unused experts per layer",
-            "Overlaps most with (mean IoU)")
+    rows.append(
+        [
+            "All tasks",
+            f"{int(whole.tokens[0]):,}",
+            f"{everything.mean():.3f} ({everything.min():.2f} to {everything.max():.2f})",
+            f"{st.max_over_mean(whole)[0].mean():.2f}",
+            f"{st.dead_experts(whole)[0].mean():.1f}",
+            "none",
+        ]
+    )
+    head = (
+        "Task",
+        "Tokens",
+        "Normalised entropy (range over layers)",
+        "Load, max / mean",
+        "Unused experts per layer",
+        "Overlaps most with (mean IoU)",
+    )
     return _table(head, rows, (False, True, True, True, True, False))
 
 
@@ -164,13 +180,19 @@ def _findings(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def build_page(
-    title: str, counts: RoutingCounts, sections: Sequence[Section], findings: Sequence[Mapping[str, Any]],
-    cautions: Sequence[str], comparison: st.Comparison | None, other: str | None,
+    title: str,
+    counts: RoutingCounts,
+    sections: Sequence[Section],
+    findings: Sequence[Mapping[str, Any]],
+    cautions: Sequence[str],
+    comparison: st.Comparison | None,
+    other: str | None,
 ) -> str:
     """The whole page as HTML text. other: what `comparison` compares with, in words."""
     header = counts.header
     about = [
-        f"Model {header.model}, spec {header.spec}", scope_note(counts),
+        f"Model {header.model}, spec {header.spec}",
+        scope_note(counts),
         f"layers {header.layers[0]} to {header.layers[-1]} ({len(header.layers)} with a router)",
         f"{int(counts.tokens.sum()):,} tokens",
     ]
@@ -179,18 +201,23 @@ def build_page(
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in cautions)
     tables = json.dumps(hover_tables(counts, comparison))
     meaning = "".join(f"<li>{html.escape(line)}</li>" for line in DEFINITIONS)
-    return "\n".join([
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-        f"<title>{html.escape(title)}</title><style>{(_HERE / 'report.css').read_text()}</style></head><body><main>",
-        f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape("; ".join(about))}.</p>',
-        f"<h2>Summary</h2>{_summary(counts)}",
-        f"<ul>{notes}</ul>" if notes else "",
-        f"<h2>Beside the paper</h2>{_findings(findings)}",
-        *[_section(section) for section in sections],
-        f'<h2>How the numbers are made</h2><ul class="soft">{meaning}</ul>',
-        '<p class="soft">All numbers: <a href="statistics.json">statistics.json</a>, '
-        '<a href="counts.npz">counts.npz</a>.</p>',
-        f'</main><script type="application/json" id="tables">{tables}</script>',
-        f"<script>{(_HERE / 'report.js').read_text()}</script></body></html>",
-    ]) + "\n"
+    return (
+        "\n".join(
+            [
+                '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+                '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
+                f"<title>{html.escape(title)}</title><style>{(_HERE / 'report.css').read_text()}</style></head><body><main>",
+                f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape("; ".join(about))}.</p>',
+                f"<h2>Summary</h2>{_summary(counts)}",
+                f"<ul>{notes}</ul>" if notes else "",
+                f"<h2>Beside the paper</h2>{_findings(findings)}",
+                *[_section(section) for section in sections],
+                f'<h2>How the numbers are made</h2><ul class="soft">{meaning}</ul>',
+                '<p class="soft">All numbers: <a href="statistics.json">statistics.json</a>, '
+                '<a href="counts.npz">counts.npz</a>.</p>',
+                f'</main><script type="application/json" id="tables">{tables}</script>',
+                f"<script>{(_HERE / 'report.js').read_text()}</script></body></html>",
+            ]
+        )
+        + "\n"
+    )

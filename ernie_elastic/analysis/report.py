@@ -79,8 +79,10 @@ def write_report(
         )
         write_atomic(folder / "index.html", page)
     return {
-        "index": out_dir / "index.html", "figures": [out_dir / "figures" / name for name in written],
-        "sentences": sentences, "statistics": statistics,
+        "index": out_dir / "index.html",
+        "figures": [out_dir / "figures" / name for name in written],
+        "sentences": sentences,
+        "statistics": statistics,
     }
 
 
@@ -149,6 +151,7 @@ def _sentences(counts: RoutingCounts, comparison: st.Comparison | None) -> dict[
 
 def _sections(counts: RoutingCounts, comparison: st.Comparison | None, sentences: dict[str, str]) -> list[Section]:
     """The page's sections in order, each drawn for light and for dark screens."""
+
     def files(stems: Iterable[str], table: str) -> list[str]:
         return [f"figures/{stem}.{kind}" for stem in stems for kind in ("png", "svg")] + [f"figures/{table}.csv"]
 
@@ -157,21 +160,52 @@ def _sections(counts: RoutingCounts, comparison: st.Comparison | None, sentences
     entropy = {style: [figures.entropy_panel(counts, style)] for style in ("light", "dark")}
     maps = {style: figures.heat_map_panels(counts, style) for style in ("light", "dark")}
     sections = [
-        Section("Which experts each task uses (figure 8)", sentences["figure8"], PAPER_NOTES["figure8"], shown["light"],
-                shown["dark"], files(["figure8"], "figure8")),
-        Section("Which tasks share experts (figure 9)", sentences["figure9"], PAPER_NOTES["figure9"], overlap["light"],
-                overlap["dark"], files(["figure9"], "figure9")),
-        Section("How even the routing is (figure 10)", sentences["figure10"], PAPER_NOTES["figure10"], entropy["light"],
-                entropy["dark"], files(["figure10"], "figure10"), single=True),
-        Section("Every layer and expert", sentences["heatmap"], "", maps["light"], maps["dark"],
-                files([panel.name for panel in maps["light"]], "heatmap")),
+        Section(
+            "Which experts each task uses (figure 8)",
+            sentences["figure8"],
+            PAPER_NOTES["figure8"],
+            shown["light"],
+            shown["dark"],
+            files(["figure8"], "figure8"),
+        ),
+        Section(
+            "Which tasks share experts (figure 9)",
+            sentences["figure9"],
+            PAPER_NOTES["figure9"],
+            overlap["light"],
+            overlap["dark"],
+            files(["figure9"], "figure9"),
+        ),
+        Section(
+            "How even the routing is (figure 10)",
+            sentences["figure10"],
+            PAPER_NOTES["figure10"],
+            entropy["light"],
+            entropy["dark"],
+            files(["figure10"], "figure10"),
+            single=True,
+        ),
+        Section(
+            "Every layer and expert",
+            sentences["heatmap"],
+            "",
+            maps["light"],
+            maps["dark"],
+            files([panel.name for panel in maps["light"]], "heatmap"),
+        ),
     ]
     if comparison is not None:
         moved = {style: figures.difference_panels(comparison, style) for style in ("light", "dark")}
         names = [panel.name for panel in moved["light"]]
         sections.append(
-            Section("Difference to the other routing", sentences["difference"], "", moved["light"], moved["dark"],
-                    files(names, "difference"))
+            Section(
+                "Difference to the other routing",
+                sentences["difference"],
+                "",
+                moved["light"],
+                moved["dark"],
+                files(names, "difference"),
+            )
         )
     return sections
 
@@ -196,9 +230,18 @@ def _write_tables(folder: Path, counts: RoutingCounts, comparison: st.Comparison
     shown = dict(st.shown_layers(len(header.layers)))
     tasks, experts = range(len(names)), range(header.num_experts)
     usage = [
-        (names[m], header.layers[row], e, int(counts.counts[m, row, e]), frequency[m, row, e],
-         frequency[m, row, e] / fair[row], row)
-        for m in tasks for row in range(len(header.layers)) for e in experts
+        (
+            names[m],
+            header.layers[row],
+            e,
+            int(counts.counts[m, row, e]),
+            frequency[m, row, e],
+            frequency[m, row, e] / fair[row],
+            row,
+        )
+        for m in tasks
+        for row in range(len(header.layers))
+        for e in experts
     ]
     columns = ["task", "layer", "expert", "tokens", "percent", "times_fair_share"]
     _write_csv(folder / "figure8.csv", columns, (line[:-1] for line in usage if line[-1] in shown))
@@ -206,7 +249,9 @@ def _write_tables(folder: Path, counts: RoutingCounts, comparison: st.Comparison
     iou, chance = st.quarter_iou(counts), st.chance_per_layer(counts)
     overlap = (
         (header.layers[row], names[a], names[b], iou[row, a, b], chance[row])
-        for row in range(len(header.layers)) for a in tasks for b in tasks
+        for row in range(len(header.layers))
+        for a in tasks
+        for b in tasks
     )
     _write_csv(folder / "figure9.csv", ["layer", "task", "other_task", "iou", "chance"], overlap)
     entropy = st.normalized_entropy(counts)
@@ -216,7 +261,8 @@ def _write_tables(folder: Path, counts: RoutingCounts, comparison: st.Comparison
         moved = (
             (name, layer, e, comparison.frequency[m, row, e])
             for m, name in enumerate(comparison.task_names)
-            for row, layer in enumerate(comparison.layers) for e in experts
+            for row, layer in enumerate(comparison.layers)
+            for e in experts
         )
         _write_csv(folder / "difference.csv", ["task", "layer", "expert", "percentage_points"], moved)
 

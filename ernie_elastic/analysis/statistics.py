@@ -194,7 +194,8 @@ def compare_counts(counts: RoutingCounts, other: RoutingCounts) -> Comparison:
     # An expert that only one side may choose is used 0 % by the other.
     frequency = np.nan_to_num(specialization(mine)) - np.nan_to_num(specialization(theirs))
     return Comparison(
-        names, layers,
+        names,
+        layers,
         np.where(seen[..., None], frequency, np.nan),
         normalized_entropy(mine) - normalized_entropy(theirs),
         np.where(seen, np.abs(shares[0] - shares[1]).sum(-1) / 2, np.nan),

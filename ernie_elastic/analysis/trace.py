@@ -242,8 +242,12 @@ def _identity(part: RoutingTrace | RoutingCounts) -> dict[str, Any]:
     """What must agree before two parts are added up."""
     header = part.header
     same: dict[str, Any] = {
-        "kind": type(part).__name__, "num_experts": header.num_experts, "top_k": header.top_k, "layers": header.layers,
-        "kept_experts": header.kept_experts, "task_names": part.task_names,
+        "kind": type(part).__name__,
+        "num_experts": header.num_experts,
+        "top_k": header.top_k,
+        "layers": header.layers,
+        "kept_experts": header.kept_experts,
+        "task_names": part.task_names,
     }
     if isinstance(part, RoutingTrace):
         same["phase_names"] = None if part.phase is None else part.phase_names
@@ -295,8 +299,17 @@ def _load(path: Path) -> RoutingTrace | RoutingCounts:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; expected a routing trace (.npz); record one first")
     damage = (
-        ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, OSError,
-        MemoryError, RuntimeError, AttributeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+        AttributeError,
     )
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -321,8 +334,13 @@ def _build(arrays: dict[str, np.ndarray]) -> RoutingTrace | RoutingCounts:
         tokens = data.tokens
     else:
         data = RoutingTrace(
-            arrays["expert_ids"], arrays["task"], names, header, arrays.get("phase"),
-            tuple(str(name) for name in info["phase_names"]), arrays.get("weights"),
+            arrays["expert_ids"],
+            arrays["task"],
+            names,
+            header,
+            arrays.get("phase"),
+            tuple(str(name) for name in info["phase_names"]),
+            arrays.get("weights"),
         )
         tokens = np.bincount(data.task[data.task != NO_TASK], minlength=len(names))
     if tokens.tolist() != [info["token_counts"][name] for name in names]:

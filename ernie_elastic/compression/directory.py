@@ -224,9 +224,7 @@ def _write_small_files(source: Path, target: Path, config: dict[str, Any], layou
     write_json(target / ORIGINAL_DIR / FILES_NAME, info)
 
 
-def renamed_index(
-    index: dict[str, Any], names: dict[str, dict[str, str]], sizes: dict[str, int]
-) -> dict[str, Any]:
+def renamed_index(index: dict[str, Any], names: dict[str, dict[str, str]], sizes: dict[str, int]) -> dict[str, Any]:
     """An index with stream keys in place of the names of compressed tensors, and the new total size."""
     keys = {(file, name): key for file, table in names.items() for key, name in table.items()}
     weight_map = {keys.get((file, name), name): file for name, file in index["weight_map"].items()}

@@ -182,4 +182,3 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(TbeHfQuantizer)
     if PACKED_EXPERTS not in ALL_EXPERTS_FUNCTIONS:
         ALL_EXPERTS_FUNCTIONS.register(PACKED_EXPERTS, packed_experts_forward)
-

@@ -24,10 +24,10 @@ STAGE = "prepare-data"
 DEFAULT_WEIGHTS = {
     "image_to_text": 0.22,
     "text_to_image": 0.26,
-    "video_to_text": 0.10,
-    "text_to_video": 0.09,
-    "audio_to_text": 0.10,
-    "text_to_audio": 0.13,
+    "video_to_text": 0.16,
+    "text_to_video": 0.13,
+    "audio_to_text": 0.05,
+    "text_to_audio": 0.08,
     "text": 0.10,
 }
 
@@ -43,7 +43,7 @@ class PrepareConfig:
 
     num_records: int = 20000
     seed: int = 0
-    row_length: int = 256
+    row_length: int = 192
     records_per_shard: int = 2000
     num_workers: int = 2
     max_reject_share: float = 0.01

@@ -66,7 +66,7 @@ def prepare_data(
     tokenizers: Path,
     out: Path,
     num_records: int = 20000,
-    row_length: int = 256,
+    row_length: int = 192,
     seed: int = 0,
     num_workers: int = 2,
     overwrite: Flag = False,
@@ -225,6 +225,7 @@ def generate(
     to: Literal["text", "image", "video", "audio"] = "text",
     out: Path | None = None,
     temperature: float = 0.0,
+    bit_temperature: float = 0.8,
     seed: int = 0,
     max_new_tokens: int = 64,
 ) -> None:
@@ -238,7 +239,8 @@ def generate(
         audio: a sound file to read.
         to: what to generate.
         out: file for media (.png, .gif, .wav).
-        temperature: 0 takes the likeliest choice.
+        temperature: of text and audio choices; 0 takes the likeliest one.
+        bit_temperature: of the bits of pictures and frames; 0 takes the likelier value of each.
         seed: of the draws.
         max_new_tokens: limit of the answer's text.
     """
@@ -246,7 +248,15 @@ def generate(
 
     media = {"image": image, "video": video, "audio": audio}
     run_generate(
-        source, prompt, {k: v for k, v in media.items() if v is not None}, to, out, temperature, seed, max_new_tokens
+        source,
+        prompt,
+        {k: v for k, v in media.items() if v is not None},
+        to,
+        out,
+        temperature,
+        bit_temperature,
+        seed,
+        max_new_tokens,
     )
 
 

@@ -26,6 +26,7 @@ def run_generate(
     to: GenerationMode,
     out: Path | None,
     temperature: float,
+    bit_temperature: float,
     seed: int,
     max_new_tokens: int,
 ) -> str | np.ndarray:
@@ -44,7 +45,9 @@ def run_generate(
     if prompt is not None:
         segments.append(Segment("text", "input", text=prompt))
     model = load_model(source)
-    sampling = Sampling(temperature=temperature, bit_temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+    sampling = Sampling(
+        temperature=temperature, bit_temperature=bit_temperature, seed=seed, max_new_tokens=max_new_tokens
+    )
     result = answer(model, tokenizers, [segments], to, sampling)[0]
     if isinstance(result, str):
         say(result)

@@ -61,10 +61,7 @@ class MultiScaleBits:
         return self.up((bits * 2.0 - 1.0) * self.amplitudes[scale])
 
     def encode(
-        self,
-        latent: torch.Tensor,
-        flip_rates: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, latent: torch.Tensor, flip_rates: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> ScaleCodes:
         """Bits of every scale of `latent` float32 [N, H, W, D].
 

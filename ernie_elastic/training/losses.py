@@ -16,7 +16,7 @@ class LossWeights:
 
     text: float = 1.0
     image: float = 4.0
-    video: float = 2.0
+    video: float = 4.0
     audio: float = 1.0
 
 

@@ -38,10 +38,10 @@ def training_models(quick: bool) -> dict[str, torch.nn.Module]:
     )
     theirs = {}
     for name, back_end in (("transformers_grouped", "grouped_mm"), ("transformers_loop", "eager")):
+        sizes: dict[str, Any] = {**SIZES, "head_dim": 32, "experts_implementation": back_end}
         config = Ernie4_5_MoeConfig(
-            **SIZES, head_dim=32, moe_num_experts=experts, moe_k=top_k, moe_num_shared_experts=0,
-            moe_layer_start_index=0, experts_implementation=back_end,
-        )  # fmt: skip
+            **sizes, moe_num_experts=experts, moe_k=top_k, moe_num_shared_experts=0, moe_layer_start_index=0
+        )
         theirs[name] = Ernie4_5_MoeForCausalLM(config)
     return {"ours": ours.train(), **{name: model.train() for name, model in theirs.items()}}
 

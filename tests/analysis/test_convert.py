@@ -24,7 +24,8 @@ def test_requests_become_one_trace():
 @pytest.mark.parametrize(
     ("arrays", "tasks", "message"),
     [
-        ([], [], "0 arrays for 0 tasks"), ([np.zeros((1, 2, 2), int)], ["a", "b"], "1 arrays for 2 tasks"),
+        ([], [], "0 arrays for 0 tasks"),
+        ([np.zeros((1, 2, 2), int)], ["a", "b"], "1 arrays for 2 tasks"),
         ([np.zeros((1, 3, 2), int)], ["a"], r"request 0 has shape \[1, 3, 2\]"),
         ([np.full((1, 2, 2), 300)], ["a"], r"300\.\.300, expected 0\.\.299"),
         ([np.full((1, 2, 2), -1)], ["a"], r"-1\.\.-1"),

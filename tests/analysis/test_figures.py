@@ -28,8 +28,10 @@ def panels(counts) -> dict[str, Panel]:
 
 def all_panels(counts: RoutingCounts, style: str = "light") -> list[Panel]:
     return [
-        *figures.specialization_panels(counts, style), *figures.overlap_panels(counts, style),
-        figures.entropy_panel(counts, style), *figures.heat_map_panels(counts, style),
+        *figures.specialization_panels(counts, style),
+        *figures.overlap_panels(counts, style),
+        figures.entropy_panel(counts, style),
+        *figures.heat_map_panels(counts, style),
     ]
 
 

@@ -29,11 +29,13 @@ def test_the_printed_overlaps_are_the_reports():
 
 
 def test_sentences_name_the_tasks_layers_and_values():
-    counts = from_frequencies({
-        "text": [[50, 50, 50, 50], [60, 40, 50, 50]],
-        "image_generation": [[10, 5, 180, 5], [0, 0, 200, 0]],
-        "audio": [[20, 120, 30, 30], [120, 20, 30, 30]],
-    })
+    counts = from_frequencies(
+        {
+            "text": [[50, 50, 50, 50], [60, 40, 50, 50]],
+            "image_generation": [[10, 5, 180, 5], [0, 0, 200, 0]],
+            "audio": [[20, 120, 30, 30], [120, 20, 30, 30]],
+        }
+    )
     assert findings.specialization_sentence(counts) == (
         "The strongest specialist is expert 2 of layer 11: 100 % of the Image Generation tokens choose it, where an "
         "even router would send 25.0 %; the tallest bar of Text is 30 %."
@@ -72,13 +74,16 @@ def test_difference_sentence_names_what_moved_most():
 
 def paper_like(depth_overlap: bool) -> RoutingCounts:
     """Eight experts, three layers: text meets audio everywhere, and vision at the last layer if asked to."""
+
     def layer(*top: int, base: int = 10, high: int = 100) -> list[int]:
         return [high if e in top else base for e in range(8)]
 
     rows = {
         "text": [layer(0, 1, high=30), layer(0, 1, high=30), layer(0, 2 if depth_overlap else 1, high=60)],
-        "image_understanding": [layer(2, 3)] * 3, "video_understanding": [layer(2, 3)] * 3,
-        "image_generation": [layer(4, 5, base=1)] * 3, "video_generation": [layer(4, 5, base=1)] * 3,
+        "image_understanding": [layer(2, 3)] * 3,
+        "video_understanding": [layer(2, 3)] * 3,
+        "image_generation": [layer(4, 5, base=1)] * 3,
+        "video_generation": [layer(4, 5, base=1)] * 3,
         "audio": [layer(0, 6, base=2)] * 3,
     }
     # every layer of a task needs the same number of choices: expert 7, in no quarter, takes what is missing

@@ -105,8 +105,11 @@ def test_the_pages_tables_hold_the_statistics(written):
     out, _, counts = written
     source = re.search(r'id="tables">(.*?)</script>', (out / "index.html").read_text(), re.S).group(1)
     tables, merged = json.loads(source), st.paper_rows(counts)
-    for name, values in (("frequency", st.specialization(merged)), ("iou", st.quarter_iou(merged)),
-                         ("entropy", st.normalized_entropy(merged))):
+    for name, values in (
+        ("frequency", st.specialization(merged)),
+        ("iou", st.quarter_iou(merged)),
+        ("entropy", st.normalized_entropy(merged)),
+    ):
         raw = np.frombuffer(base64.b64decode(tables[name]["data"]), "<u2").astype(float)
         shown = raw * tables[name]["scale"] + tables[name]["base"]
         assert np.allclose(shown, values.ravel(), atol=tables[name]["scale"]), name

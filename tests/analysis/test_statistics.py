@@ -98,8 +98,12 @@ def test_tasks_served_counts_experts_at_or_above_their_fair_share():
 
 def test_a_task_without_tokens_has_no_numbers():
     counts = table([[4, 4, 0, 0], [0, 0, 0, 0]])
-    for values in (st.specialization(counts), st.normalized_entropy(counts), st.max_over_mean(counts),
-                   st.dead_experts(counts)):
+    for values in (
+        st.specialization(counts),
+        st.normalized_entropy(counts),
+        st.max_over_mean(counts),
+        st.dead_experts(counts),
+    ):
         assert np.isfinite(values[0]).all() and np.isnan(values[1]).all()
     iou = st.quarter_iou(counts)[0]
     assert iou[0, 0] == 1.0 and np.isnan(iou[0, 1]) and np.isnan(iou[1, 0]) and np.isnan(iou[1, 1])
@@ -116,8 +120,15 @@ def test_when_there_is_no_choice_the_routing_is_even(counts):
 def test_experts_that_a_sub_model_may_not_choose_are_no_part_of_any_mean():
     masked = table([[3, 0, 3, 0, 0, 2, 0, 0]], kept=((0, 2, 4, 5),))
     plain = table([[3, 3, 0, 2]])
-    for function in (st.normalized_entropy, st.max_over_mean, st.dead_experts, st.fair_share, st.chance_per_layer,
-                     st.tasks_served, st.entropy_floor):
+    for function in (
+        st.normalized_entropy,
+        st.max_over_mean,
+        st.dead_experts,
+        st.fair_share,
+        st.chance_per_layer,
+        st.tasks_served,
+        st.entropy_floor,
+    ):
         assert np.array_equal(function(masked), function(plain)), function.__name__
     assert np.isnan(st.specialization(masked)[0, 0, 1]) and st.specialization(masked)[0, 0, 4] == 0.0
     assert np.flatnonzero(st.most_used_quarter(masked)[0, 0]).tolist() == [0]

@@ -25,8 +25,13 @@ def tiny() -> RoutingTrace:
     """Four tokens, two layers, k = 2 of 4 experts; the last token is padding."""
     ids = np.array([[[0, 1], [2, 3]], [[0, 2], [3, 2]], [[1, 3], [0, 1]], [[0, 1], [0, 1]]], dtype=np.uint8)
     header = TraceHeader("tiny", "d2-e4-k2", 4, 2, (1, 3), "by hand")
-    return RoutingTrace(ids, np.array([0, 0, 1, -1], dtype=np.int8), ("text", "audio"), header,
-                        phase=np.array([0, 1, 1, 0], dtype=np.uint8))
+    return RoutingTrace(
+        ids,
+        np.array([0, 0, 1, -1], dtype=np.int8),
+        ("text", "audio"),
+        header,
+        phase=np.array([0, 1, 1, 0], dtype=np.uint8),
+    )
 
 
 def test_counts_of_a_trace_written_by_hand():
@@ -80,8 +85,11 @@ def test_a_trace_that_does_not_fit_itself_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 5}, "top_k 5 of 4"), ({"top_k": 0}, "top_k 0"), ({"layers": ()}, "non-empty"),
-        ({"layers": (3, 1)}, r"\[3, 1\] must be"), ({"kept_experts": ((0, 1),)}, "1 kept-expert lists for 2"),
+        ({"top_k": 5}, "top_k 5 of 4"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"layers": ()}, "non-empty"),
+        ({"layers": (3, 1)}, r"\[3, 1\] must be"),
+        ({"kept_experts": ((0, 1),)}, "1 kept-expert lists for 2"),
         ({"kept_experts": ((0, 1), (2,))}, r"layer 3 keeps experts \[2\]; need at least top_k = 2"),
         ({"kept_experts": ((0, 1), (2, 4))}, r"0\.\.3"),
     ],
@@ -135,9 +143,12 @@ def test_saving_twice_gives_the_same_bytes_and_leaves_no_other_file(tmp_path):
 
 def same(first: RoutingTrace, second: RoutingTrace) -> bool:
     return (
-        np.array_equal(first.expert_ids, second.expert_ids) and np.array_equal(first.task, second.task)
-        and first.phase is not None and np.array_equal(first.phase, second.phase)
-        and first.header == second.header and first.task_names == second.task_names
+        np.array_equal(first.expert_ids, second.expert_ids)
+        and np.array_equal(first.task, second.task)
+        and first.phase is not None
+        and np.array_equal(first.phase, second.phase)
+        and first.header == second.header
+        and first.task_names == second.task_names
     )
 
 
@@ -193,8 +204,13 @@ def test_token_counts_and_version_of_the_header_are_compared(tmp_path):
 def test_merging_parts_equals_the_whole(make_trace):
     trace = make_trace(tokens=30, weights=True)
     parts = [
-        replace(trace, expert_ids=trace.expert_ids[part], task=trace.task[part], phase=trace.phase[part],
-                weights=trace.weights[part])
+        replace(
+            trace,
+            expert_ids=trace.expert_ids[part],
+            task=trace.task[part],
+            phase=trace.phase[part],
+            weights=trace.weights[part],
+        )
         for part in (slice(0, 50), slice(50, 51), slice(51, None))
     ]
     assert same(merge(parts), trace) and np.array_equal(merge(parts).weights, trace.weights)

@@ -143,9 +143,7 @@ def test_a_tie_with_both_tensors_stored_is_judged_as_for_a_dense_model(
 def test_generation_gives_the_same_tokens(pairs: Pairs) -> None:
     pair = pairs("qwen3_moe")
     arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt())}
-    assert torch.equal(
-        pair.packed().generate(prompt(), **arguments), pair.dense().generate(prompt(), **arguments)
-    )
+    assert torch.equal(pair.packed().generate(prompt(), **arguments), pair.dense().generate(prompt(), **arguments))
 
 
 def test_the_base_model_loads_from_the_same_directory(pairs: Pairs) -> None:

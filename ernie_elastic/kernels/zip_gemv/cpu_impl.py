@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ernie_elastic.kernels.native import NativeLibrary, build_and_load
 from ernie_elastic.kernels.zip_gemv import reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 
-ABI = 2
+ABI = 3
 # Above this many rows of x, decoding a block and multiplying by torch is faster (scripts/bench/zip_gemv_cpu.py).
 FUSED_MAX_ROWS = 16
 # Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the last-level cache.
@@ -39,6 +40,24 @@ class Matrix(ctypes.Structure):
     )
 
 
+def openmp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None where there is none to be found.
+
+    Torch's idle threads spin for a while after each of its operations: threads of our own would fight them for cores.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = sorted({match.group() for line in lines if (match := re.search(r"/\S*lib(?:gomp|iomp5|omp)\b.*", line))})
+    for path in sorted(loaded, key=lambda path: "torch" not in Path(path).parts):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
 @functools.cache
 def load() -> NativeLibrary:
     """Build (first use of the machine), load and declare the library; resolved once a process."""
@@ -48,11 +67,15 @@ def load() -> NativeLibrary:
         return native
     if library.zip_abi() != ABI:
         return NativeLibrary(None, f"the built library has ABI {library.zip_abi()}, this package needs {ABI}")
+    library.zip_use_openmp.argtypes = (_P,)
+    parallel = openmp_parallel()
+    library.zip_use_openmp(parallel)
     library.zip_unpack.argtypes = (_P, _I64, _I64, _INT, _INT, _P)
     library.zip_unpack_rows.argtypes = (_P, _P, _I64, _INT, _INT, _P)
     library.zip_matmul.argtypes = (_P, _P, _I64, _I64, _I64, _INT, _P)
     library.zip_bf16_matmul.argtypes = (_P, _I64, _I64, _I64, _P, _I64, _INT, _P)
-    return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}")
+    threads = "torch's OpenMP threads" if parallel else "own threads"
+    return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}, {threads}")
 
 
 def _library() -> ctypes.CDLL:

@@ -6,6 +6,7 @@
 // registers while it multiplies.
 // Every function returns 0, or -1 when an argument or a fallback list is out of range.
 
+#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -17,7 +18,7 @@ namespace zip {
 namespace {
 
 // Below this many weights per thread a thread costs more than it saves.
-constexpr int64_t kWeightsPerThread = 1 << 19;
+constexpr int64_t kWeightsPerThread = 1 << 17;
 
 // Decodes the flat range [begin, end): whole groups by `simd(level, from, to)`, the rest by `scalar(i)`.
 template <class Simd, class Scalar>
@@ -170,27 +171,38 @@ bool multiply_rows(const Matrix& w, const Product& p, int64_t begin, int64_t end
   return true;
 }
 
-// Splits [0, count) over threads; work(begin, end) returns false on damaged input. The caller's thread takes the last
-// part, and what is left when a thread cannot be started.
+// An OpenMP runtime's entry point: runs function(data) on `threads` threads at once. Given by zip_use_openmp.
+using OpenMp = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMp> openmp{nullptr};
+
+// Runs step() on `threads` threads at once: those of OpenMP when given, else new ones (fewer when they cannot start).
+template <class Step>
+void on_threads(int64_t threads, Step step) {
+  if (const OpenMp run = openmp.load()) {
+    run([](void* data) { (*static_cast<Step*>(data))(); }, &step, unsigned(threads), 0);
+    return;
+  }
+  std::vector<std::thread> pool;
+  try {
+    while (int64_t(pool.size()) + 1 < threads) pool.emplace_back(step);
+  } catch (...) {  // the threads that run do the work
+  }
+  step();
+  for (auto& thread : pool) thread.join();
+}
+
+// Splits [0, count) into one part per thread; work(begin, end) returns false on damaged input.
 template <class Work>
 bool parallel(int64_t count, int64_t weights, int threads, Work work) {
   const int64_t parts = std::min<int64_t>({int64_t(threads), count, weights / kWeightsPerThread});
   if (parts <= 1) return work(int64_t(0), count);
-  std::vector<char> good(size_t(parts), 1);
-  std::vector<std::thread> pool;
-  int64_t begin = 0;
-  for (int64_t part = 0; part + 1 < parts; ++part) {
-    const int64_t end = count * (part + 1) / parts;
-    try {
-      pool.emplace_back([&work, &good, part, begin, end] { good[size_t(part)] = work(begin, end); });
-    } catch (...) {
-      break;
-    }
-    begin = end;
-  }
-  good[size_t(parts - 1)] = work(begin, count);
-  for (auto& thread : pool) thread.join();
-  return std::all_of(good.begin(), good.end(), [](char ok) { return ok != 0; });
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> good{true};
+  on_threads(parts, [&] {
+    for (int64_t part = next++; part < parts; part = next++)
+      if (!work(count * part / parts, count * (part + 1) / parts)) good = false;
+  });
+  return good;
 }
 
 // x permuted for the vector code, padded with zeros to whole groups and aligned; p points at it afterwards.
@@ -221,7 +233,11 @@ std::vector<float> prepare_x(Product& p, Level level, int64_t columns, [[maybe_u
 
 extern "C" {
 
-int zip_abi() { return 2; }
+int zip_abi() { return 3; }
+
+// Use the threads of an OpenMP runtime from now on (its GOMP_parallel), or threads of our own when null.
+void zip_use_openmp(void* parallel) { zip::openmp = reinterpret_cast<zip::OpenMp>(parallel); }
+
 int zip_level() { return zip::supported_level(zip::kAvx512); }
 
 // Rows start..stop to out: [stop - start, columns] of BF16, or of float32 when is_float.
