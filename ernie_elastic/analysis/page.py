@@ -206,7 +206,8 @@ def build_page(
             [
                 '<!doctype html><html lang="en"><head><meta charset="utf-8">',
                 '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-                f"<title>{html.escape(title)}</title><style>{(_HERE / 'report.css').read_text()}</style></head><body><main>",
+                f"<title>{html.escape(title)}</title><style>{(_HERE / 'report.css').read_text()}</style></head>",
+                "<body><main>",
                 f'<h1>{html.escape(title)}</h1><p class="soft">{html.escape("; ".join(about))}.</p>',
                 f"<h2>Summary</h2>{_summary(counts)}",
                 f"<ul>{notes}</ul>" if notes else "",
