@@ -49,7 +49,7 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
-        training=TrainingConfig(steps=1200, rows_per_step=10, checkpoint_every=400),
+        training=TrainingConfig(steps=1650, rows_per_step=6, learning_rate=1.5e-3, checkpoint_every=550),
     )
 
 

@@ -180,12 +180,14 @@ class RouterOutput:
 
 @dataclass
 class MediaInput:
-    """Understanding inputs of one shape: pixels_GFHW3 uint8 and, per item, the flat positions of its tokens.
+    """Understanding inputs of one shape: pixels_GFHW3 uint8, the visual tokenizer's features, and where tokens go.
 
+    features_GFhwD: float32 [G, F, h, w, D], latents before quantisation (frozen, made when the data is prepared).
     position_GM: int64 [G, tokens per item], index into the flattened [B * T] positions.
     """
 
     pixels_GFHW3: torch.Tensor
+    features_GFhwD: torch.Tensor
     position_GM: torch.Tensor
 
 
@@ -241,7 +243,10 @@ class PackedBatch:
             if isinstance(value, torch.Tensor):
                 value = value.to(device)
             elif item.name == "media":
-                value = [MediaInput(m.pixels_GFHW3.to(device), m.position_GM.to(device)) for m in value]
+                value = [
+                    MediaInput(m.pixels_GFHW3.to(device), m.features_GFhwD.to(device), m.position_GM.to(device))
+                    for m in value
+                ]
             moved[item.name] = value
         return PackedBatch(**moved)
 

@@ -72,7 +72,7 @@ class Document:
     visual_inputs: torch.Tensor
     visual_index: torch.Tensor
     visual_scale: torch.Tensor
-    media: list[tuple[torch.Tensor, torch.Tensor]]
+    media: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     group: torch.Tensor
     position: torch.Tensor
     task: torch.Tensor
@@ -156,7 +156,7 @@ class _Builder:
     visual: list[torch.Tensor] = field(default_factory=list)
     visual_index: list[int] = field(default_factory=list)
     visual_scale: list[int] = field(default_factory=list)
-    media: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    media: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     bits: list[torch.Tensor] = field(default_factory=list)
     bit_index: list[int] = field(default_factory=list)
     bit_weight: list[float] = field(default_factory=list)
@@ -211,7 +211,8 @@ class _Builder:
         self.text(self.layout.eoa)
 
     def add_understanding(self, part: Tokens) -> None:
-        assert part.pixels is not None
+        if part.pixels is None or part.latents is None:
+            raise DataError(f"an understanding {part.kind} needs pixels and the visual tokenizer's latents")
         video = part.kind == "video"
         self.text(self.layout.bov if video else self.layout.boi)
         frames, grid = len(part.pixels), self.layout.understanding_grid
@@ -225,7 +226,9 @@ class _Builder:
         # ours: the report does not separate the two paths; the whole input is one bidirectional group.
         self.next_group += 1
         self.next_position = offset + max(frames, grid)
-        self.media.append((torch.from_numpy(np.ascontiguousarray(part.pixels)), torch.tensor(indices)))
+        pixels = torch.from_numpy(np.ascontiguousarray(part.pixels))
+        features = torch.from_numpy(part.latents.astype(np.float32))
+        self.media.append((pixels, features, torch.tensor(indices)))
         self.text(self.layout.eov if video else self.layout.eoi)
 
     def add_visual(self, kind: str, codes: ScaleCodes) -> None:

@@ -63,7 +63,7 @@ def collate(
     task = torch.full(shape, PAD_TASK, dtype=torch.int8)
     text_targets = torch.full(shape, IGNORE, dtype=torch.int64)
     flat: dict[str, list[torch.Tensor]] = defaultdict(list)
-    media: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    media: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = defaultdict(list)
     for b, row in enumerate(rows):
         start = length - totals[b] if pad_left else 0
         if totals[b] > length:
@@ -85,8 +85,8 @@ def collate(
             flat["bit_targets"].append(document.bit_targets)
             flat["bit_index"].append(document.bit_index + offset)
             flat["bit_weight"].append(document.bit_weight)
-            for pixels, index in document.media:
-                media[tuple(pixels.shape)].append((pixels, index + offset))
+            for pixels, features, index in document.media:
+                media[tuple(pixels.shape)].append((pixels, features, index + offset))
             start += len(document)
     joined = {name: torch.cat(values) for name, values in flat.items()}
     return PackedBatch(
@@ -96,7 +96,7 @@ def collate(
         visual_index_N=joined["visual_index"],
         visual_scale_N=joined["visual_scale"],
         media=[
-            MediaInput(torch.stack([pixels for pixels, _ in items]), torch.stack([index for _, index in items]))
+            MediaInput(*(torch.stack(parts) for parts in zip(*items, strict=True)))
             for _, items in sorted(media.items())
         ],
         document_BT=document_id,

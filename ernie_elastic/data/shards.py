@@ -1,7 +1,8 @@
 """Packed shards on disk: tokenised documents as flat arrays, and which of them share a row.
 
 One shard is a safetensors file: `ids` int32, `pixels` uint8 [frames, H, W, 3], `latents` float16 [frames, h, w, D],
-`codes` int16 [steps, Q], and an index `segments` int64 [segments, 5]: document, kind, role, start, length.
+`codes` int16 [steps, Q], `features` float16 [frames, h, w, D] (frozen CNN features, frame by frame
+beside `pixels`), and an index `segments` int64 [segments, 5]: document, kind, role, start, length.
 Rows are listed in `rows.safetensors`: `documents` int64 (numbers over all shards) and `offsets` int64 [rows + 1].
 """
 
@@ -23,7 +24,7 @@ ROWS_FILE = "rows.safetensors"
 
 def write_shard(path: Path, documents: list[list[Tokens]]) -> None:
     """Write tokenised documents as one shard."""
-    parts: dict[str, list[np.ndarray]] = {"ids": [], "pixels": [], "latents": [], "codes": []}
+    parts: dict[str, list[np.ndarray]] = {"ids": [], "pixels": [], "latents": [], "codes": [], "features": []}
     totals = dict.fromkeys(parts, 0)
     index = []
     for number, document in enumerate(documents):
@@ -32,6 +33,8 @@ def write_shard(path: Path, documents: list[list[Tokens]]) -> None:
             array = segment.array()
             index.append((number, KINDS.index(segment.kind), ROLES.index(segment.role), totals[name], len(array)))
             parts[name].append(array)
+            if name == "pixels" and segment.latents is not None:
+                parts["features"].append(segment.latents)
             totals[name] += len(array)
     tensors = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     tensors["segments"] = np.asarray(index, dtype=np.int64).reshape(-1, 5)
@@ -92,5 +95,8 @@ class PackedCorpus:
             _, kind, role, start, length = (int(value) for value in row)
             empty = Tokens(KINDS[kind], ROLES[role])
             name = _array_name(empty)
-            parts.append(Tokens(empty.kind, empty.role, **{name: shard[name][start : start + length]}))
+            arrays = {name: shard[name][start : start + length]}
+            if name == "pixels" and "features" in shard:
+                arrays["latents"] = shard["features"][start : start + length]
+            parts.append(Tokens(empty.kind, empty.role, **arrays))
         return parts

@@ -62,7 +62,7 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
     waves: list[np.ndarray] = []
     for sample in samples:
         for segment in sample.segments:
-            if segment.kind in ("image", "video") and segment.role == "target":
+            if segment.kind in ("image", "video"):
                 frames.extend(_frames(sample, segment))
             elif segment.kind == "audio":
                 waves.append(_array(sample, segment))
@@ -82,13 +82,13 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 steps = np.asarray(codes[next_wave], dtype=np.int16)
                 next_wave += 1
                 parts.append(Tokens("audio", segment.role, codes=steps))
-            elif segment.role == "input":
-                parts.append(Tokens(segment.kind, "input", pixels=np.stack(_frames(sample, segment))))
             else:
-                count = len(_frames(sample, segment))
                 assert latents is not None
-                parts.append(Tokens(segment.kind, "target", latents=latents[next_frame : next_frame + count]))
-                next_frame += count
+                frame_list = _frames(sample, segment)
+                encoded = latents[next_frame : next_frame + len(frame_list)]
+                next_frame += len(frame_list)
+                pixels = np.stack(frame_list) if segment.role == "input" else None
+                parts.append(Tokens(segment.kind, segment.role, pixels=pixels, latents=encoded))
         documents.append(parts)
     return documents
 

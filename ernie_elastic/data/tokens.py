@@ -12,9 +12,10 @@ from ernie_elastic.tokenizers.quantizers import ScaleCodes
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised segment; exactly one of the last five fields is set.
+    """One tokenised segment; one of the last five fields is set, for understanding both pixels and latents.
 
-    ids int32 [n]; pixels uint8 [F, H, W, 3] (understanding); latents float16 [F, h, w, D] (generation);
+    ids int32 [n]; pixels uint8 [F, H, W, 3] (understanding); latents float16 [F, h, w, D] (generation, and
+    the frozen CNN features of understanding);
     codes int16 [S, Q]; scale_codes: bits that are decided already, such as a picture that the model drew.
     """
 

@@ -291,7 +291,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
             audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
             flat = flat.index_add(0, audio_N, self.audio.embed_steps(codes_NQ[audio_N]))
         if self.understanding is not None:
-            items, zero = self.understanding([media.pixels_GFHW3 for media in batch.media])
+            items, zero = self.understanding([(media.pixels_GFHW3, media.features_GFhwD) for media in batch.media])
             flat = flat + zero
             for media, tokens in zip(batch.media, items, strict=True):
                 flat = flat.index_add(0, media.position_GM.reshape(-1), tokens.flatten(0, 1))

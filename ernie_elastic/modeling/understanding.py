@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class UnderstandingEncoder(nn.Module):
-    """Items of pixels uint8 [G, F, S, S, 3] -> tokens [G, M, H]; F = 1 for images, a multiple of 4 for videos."""
+    """Items of pixels uint8 [G, F, S, S, 3] and CNN features -> tokens [G, M, H]; F = 1 (image) or a multiple of 4."""
 
     def __init__(self, config: ErnieElasticConfig) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class UnderstandingEncoder(nn.Module):
         self.patch, self.grid = patch, config.understanding_image_size // patch
         if self.grid % MERGE:
             raise DataError(f"understanding: a grid of {self.grid} patches a side is no multiple of {MERGE}")
-        self.pad = patch // 2
-        # The CNN path: two convolutions written as Linear over windows, so that one codec packs every weight.
-        self.cnn_in = nn.Linear(3 * (patch + 2 * self.pad) ** 2, width)
+        # The CNN path: features of the visual tokenizer before quantisation, which loses detail (paper: section 2.3).
+        self.feature_grid = tuple(config.visual_scales[-1]) if config.visual_scales else (1, 1)
+        self.cnn_in = nn.Linear(max(1, config.visual_bits), width)
         self.cnn_out = nn.Linear(width, width)
         self.vit_in = nn.Linear(3 * patch * patch, width)
         self.vit_position = nn.Embedding(self.grid * self.grid, width)
@@ -69,36 +69,46 @@ class UnderstandingEncoder(nn.Module):
         """Tokens that an item of so many frames becomes."""
         return (self.grid // MERGE) ** 2 * max(1, num_frames // VIDEO_FRAMES_PER_TOKEN)
 
-    def forward(self, items: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Each of items, uint8 [G, F, S, S, 3], -> [G, M, H] in the weights' dtype; DataError when S or F does not fit.
+    def forward(self, items: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Each item, pixels uint8 [G, F, S, S, 3] and features float32 [G, F, h, w, D], -> [G, M, H].
 
         The second result is a zero that every weight feeds. Every module runs equally often whatever the items are
         (none, too), and adding the zero makes the backward do so as well: ranks with other media stay in step.
+        Raises DataError when S, F or the features do not fit.
         """
-        for pixels in items:
-            self._check(pixels)
-        side = self.grid * self.patch
-        frames = [rearrange(pixels, "g f h w c -> (g f) c h w") for pixels in items]
-        images = torch.cat([torch.zeros((0, 3, side, side), dtype=torch.uint8, device=self.out.weight.device), *frames])
-        cnn_vit = self._encode_frames(images.to(self.cnn_in.bias.dtype) / 127.5 - 1.0)
-        parts = cnn_vit.split([len(part) for part in frames])
+        for pixels, features in items:
+            self._check(pixels, features)
+        device, side = self.out.weight.device, self.grid * self.patch
+        frames = [rearrange(pixels, "g f h w c -> (g f) c h w") for pixels, _ in items]
+        images = torch.cat([torch.zeros((0, 3, side, side), dtype=torch.uint8, device=device), *frames])
+        empty = torch.zeros((0, *self.feature_grid, self.cnn_in.in_features), device=device)
+        features = torch.cat([empty, *(feature.flatten(0, 1) for _, feature in items)])
+        dtype = self.cnn_in.bias.dtype
+        both = self._encode_frames(images.to(dtype) / 127.5 - 1.0, features.to(dtype))
+        parts = both.split([len(part) for part in frames])
+        shapes = [(pixels.shape[0], pixels.shape[1]) for pixels, _ in items]
         merged: dict[int, torch.Tensor] = {}
         for size in (1, VIDEO_FRAMES_PER_TOKEN):
-            chosen = [part for part, pixels in zip(parts, items, strict=True) if (pixels.shape[1] == 1) == (size == 1)]
-            merged[size] = self._merge(torch.cat([cnn_vit[:0], *chosen]), size)
-        return self._split(items, merged), 0.0 * torch.stack([tokens.sum() for tokens in merged.values()]).sum()
+            chosen = [part for part, (_, count) in zip(parts, shapes, strict=True) if (count == 1) == (size == 1)]
+            merged[size] = self._merge(torch.cat([both[:0], *chosen]), size)
+        return self._split(shapes, merged), 0.0 * torch.stack([tokens.sum() for tokens in merged.values()]).sum()
 
-    def _check(self, pixels: torch.Tensor) -> None:
+    def _check(self, pixels: torch.Tensor, features: torch.Tensor) -> None:
         frames, height, width = pixels.shape[1:4]
         if (height, width) != (self.grid * self.patch,) * 2:
             raise DataError(f"understanding: {height}x{width} pixels; this model reads {self.grid * self.patch} a side")
         if frames != 1 and frames % VIDEO_FRAMES_PER_TOKEN:
             raise DataError(f"understanding: {frames} frames; give 1 or a multiple of {VIDEO_FRAMES_PER_TOKEN}")
+        expected = (*pixels.shape[:2], *self.feature_grid, self.cnn_in.in_features)
+        if tuple(features.shape) != expected:
+            raise DataError(f"understanding: features of shape {tuple(features.shape)}; expected {expected}")
 
-    def _encode_frames(self, images: torch.Tensor) -> torch.Tensor:
-        """[frames, 3, S, S] -> both paths, [frames, 2, P, D]."""
-        cnn = self.cnn_out(F.gelu(self.cnn_in(self._windows(images, self.patch + 2 * self.pad, self.pad))))
-        vit = self.vit_in(self._windows(images, self.patch, 0))
+    def _encode_frames(self, images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Images [frames, 3, S, S] and features [frames, h, w, D] -> both paths, [frames, 2, P, D]."""
+        cnn = self.cnn_out(F.gelu(self.cnn_in(features)))
+        # ours: the coarser grid of the tokenizer is repeated to the ViT's, so that both have K patches a token.
+        cnn = F.interpolate(cnn.movedim(-1, 1), size=(self.grid, self.grid), mode="nearest").flatten(2).mT
+        vit = self.vit_in(self._windows(images, self.patch))
         vit = vit + self.vit_position(torch.arange(self.grid**2, device=vit.device))
         for block in self.vit:
             vit = block(vit)
@@ -113,18 +123,17 @@ class UnderstandingEncoder(nn.Module):
         place = self.merge_position(torch.arange(2 * frames * MERGE * MERGE, device=both.device))
         return self.out(self.merge_norm(self.merge(groups + place).mean(dim=1)))
 
-    def _split(self, items: Sequence[torch.Tensor], merged: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    def _split(self, shapes: Sequence[tuple[int, int]], merged: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         start, tokens = dict.fromkeys(merged, 0), []
-        for pixels in items:
-            size = 1 if pixels.shape[1] == 1 else VIDEO_FRAMES_PER_TOKEN
-            shape = (len(pixels), self.tokens_per_item(pixels.shape[1]))
+        for items, frames in shapes:
+            size = 1 if frames == 1 else VIDEO_FRAMES_PER_TOKEN
+            shape = (items, self.tokens_per_item(frames))
             end = start[size] + shape[0] * shape[1]
             tokens.append(merged[size][start[size] : end].unflatten(0, shape))
             start[size] = end
         return tokens
 
-    def _windows(self, images: torch.Tensor, size: int, pad: int) -> torch.Tensor:
-        """Every window as a row: [items, patches, 3 * size * size]."""
-        padded = F.pad(images, (pad,) * 4)
-        view = padded.unfold(2, size, self.patch).unfold(3, size, self.patch)
+    def _windows(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """Every patch as a row: [items, patches, 3 * size * size]."""
+        view = images.unfold(2, size, self.patch).unfold(3, size, self.patch)
         return rearrange(view, "n c h w a b -> n (h w) (c a b)")

@@ -48,7 +48,8 @@ def documents(layout: Layout, count: int) -> list[Document]:
 
     def picture(kind: str, role: str, frames: int) -> Tokens:
         if role == "input":
-            return Tokens(kind, role, pixels=rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8))
+            pixels = rng.integers(0, 256, (frames, 32, 32, 3)).astype(np.uint8)
+            return Tokens(kind, role, pixels=pixels, latents=rng.normal(size=(frames, 4, 4, 24)).astype(np.float16))
         return Tokens(kind, role, latents=rng.normal(size=(frames, 4, 4, 24)).astype(np.float16))
 
     def sound(role: str) -> Tokens:

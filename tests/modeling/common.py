@@ -54,7 +54,9 @@ def random_tokens(kind: str, role: str, rng: np.random.Generator, config: ErnieE
     size = config.understanding_image_size
     if role == "input":
         frames = 1 if kind == "image" else 4
-        return Tokens(kind, role, pixels=rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8))
+        pixels = rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8)
+        features = rng.normal(size=(frames, *config.visual_scales[-1], config.visual_bits)).astype(np.float16)
+        return Tokens(kind, role, pixels=pixels, latents=features)
     frames = 1 if kind == "image" else int(rng.integers(2, 4))
     grid = config.visual_scales[-1]
     return Tokens(kind, role, latents=rng.normal(size=(frames, *grid, config.visual_bits)).astype(np.float16))
