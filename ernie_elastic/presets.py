@@ -41,7 +41,7 @@ class RunConfig:
         return self.packed_dir or self.run_dir / "packed"
 
 
-DEMO_MODEL = ModelSizes(rope_theta=10_000.0, mrope_layout="interleaved")
+DEMO_MODEL = ModelSizes(rope_theta=10_000.0, mrope_layout="interleaved", initializer_range=0.05)
 
 
 def demo() -> RunConfig:
@@ -49,7 +49,10 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
-        training=TrainingConfig(steps=1650, rows_per_step=6, learning_rate=1.5e-3, checkpoint_every=550),
+        training=TrainingConfig(
+            steps=1200, rows_per_step=6, optimizer="muon", zero_stage=0, learning_rate=1.5e-3, checkpoint_every=400
+        ),
+        elastic=ElasticConfig(layer_policy="uniform", start_step=750),
     )
 
 

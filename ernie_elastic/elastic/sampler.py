@@ -13,10 +13,10 @@ def sample_spec(elastic: ElasticConfig, config: ErnieElasticConfig, seed: int, s
     """The spec of an optimizer step. The three axes are drawn independently (ours: the report is silent).
 
     Depth: a number of layers between min_depth and one less than all. Width: a random subset of the experts of each
-    layer. Sparsity: a top_k below the standard one. paper: section 4.1.
+    layer. Sparsity: a top_k below the standard one. Full before elastic.start_step. paper: section 4.1.
     """
     full = config.full_spec()
-    if not elastic.enabled:
+    if not elastic.enabled or step < elastic.start_step:
         return full
     rng = random.Random(f"elastic:{seed}:{step}")
     shrink_depth, shrink_width, shrink_k = (

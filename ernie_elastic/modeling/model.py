@@ -150,6 +150,8 @@ class ErnieElasticPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ErnieElasticExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and hasattr(module, "initializer_std"):
+            init.normal_(module.weight, mean=0.0, std=float(module.initializer_std))  # type: ignore[arg-type]
         elif isinstance(module, UniRotary):
             init.copy_(module.inv_freq, rotary_frequencies(module.base, module.head_dim))
             init.copy_(module.axis_P, axis_of_pair(module.section, module.layout))

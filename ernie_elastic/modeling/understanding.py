@@ -52,8 +52,9 @@ class UnderstandingEncoder(nn.Module):
             raise DataError(f"understanding: a grid of {self.grid} patches a side is no multiple of {MERGE}")
         # The CNN path: features of the visual tokenizer before quantisation, which loses detail (paper: section 2.3).
         self.feature_grid = tuple(config.visual_scales[-1]) if config.visual_scales else (1, 1)
-        self.cnn_in = nn.Linear(max(1, config.visual_bits), width)
-        self.cnn_out = nn.Linear(width, width)
+        # ours: 3x3, since an object lies across several cells of the tokenizer's grid.
+        self.cnn_in = nn.Conv2d(max(1, config.visual_bits), 2 * width, 3, padding=1)
+        self.cnn_out = nn.Conv2d(2 * width, width, 1)
         self.vit_in = nn.Linear(3 * patch * patch, width)
         self.vit_position = nn.Embedding(self.grid * self.grid, width)
         self.vit = nn.ModuleList(
@@ -64,6 +65,11 @@ class UnderstandingEncoder(nn.Module):
         self.merge = Block(width, config.understanding_heads, config.rms_norm_eps)
         self.merge_norm = RMSNorm(width, config.rms_norm_eps)
         self.out = nn.Linear(width, config.hidden_size, bias=False)
+        # ours: 1/sqrt(fan in), which `_init_weights` reads here; at the stack's smaller deviation a short run does not
+        # learn to look (docs/decisions.md).
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                part.initializer_std = part.weight[0].numel() ** -0.5
 
     def tokens_per_item(self, num_frames: int) -> int:
         """Tokens that an item of so many frames becomes."""
@@ -81,9 +87,9 @@ class UnderstandingEncoder(nn.Module):
         device, side = self.out.weight.device, self.grid * self.patch
         frames = [rearrange(pixels, "g f h w c -> (g f) c h w") for pixels, _ in items]
         images = torch.cat([torch.zeros((0, 3, side, side), dtype=torch.uint8, device=device), *frames])
-        empty = torch.zeros((0, *self.feature_grid, self.cnn_in.in_features), device=device)
+        empty = torch.zeros((0, *self.feature_grid, self.cnn_in.in_channels), device=device)
         features = torch.cat([empty, *(feature.flatten(0, 1) for _, feature in items)])
-        dtype = self.cnn_in.bias.dtype
+        dtype = self.out.weight.dtype
         both = self._encode_frames(images.to(dtype) / 127.5 - 1.0, features.to(dtype))
         parts = both.split([len(part) for part in frames])
         shapes = [(pixels.shape[0], pixels.shape[1]) for pixels, _ in items]
@@ -99,15 +105,15 @@ class UnderstandingEncoder(nn.Module):
             raise DataError(f"understanding: {height}x{width} pixels; this model reads {self.grid * self.patch} a side")
         if frames != 1 and frames % VIDEO_FRAMES_PER_TOKEN:
             raise DataError(f"understanding: {frames} frames; give 1 or a multiple of {VIDEO_FRAMES_PER_TOKEN}")
-        expected = (*pixels.shape[:2], *self.feature_grid, self.cnn_in.in_features)
+        expected = (*pixels.shape[:2], *self.feature_grid, self.cnn_in.in_channels)
         if tuple(features.shape) != expected:
             raise DataError(f"understanding: features of shape {tuple(features.shape)}; expected {expected}")
 
     def _encode_frames(self, images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Images [frames, 3, S, S] and features [frames, h, w, D] -> both paths, [frames, 2, P, D]."""
-        cnn = self.cnn_out(F.gelu(self.cnn_in(features)))
+        cnn = self.cnn_out(F.gelu(self.cnn_in(features.movedim(-1, 1))))
         # ours: the coarser grid of the tokenizer is repeated to the ViT's, so that both have K patches a token.
-        cnn = F.interpolate(cnn.movedim(-1, 1), size=(self.grid, self.grid), mode="nearest").flatten(2).mT
+        cnn = F.interpolate(cnn, size=(self.grid, self.grid), mode="nearest").flatten(2).mT
         vit = self.vit_in(self._windows(images, self.patch))
         vit = vit + self.vit_position(torch.arange(self.grid**2, device=vit.device))
         for block in self.vit:

@@ -16,7 +16,9 @@ class TrainingConfig:
     """One run of the backbone.
 
     steps: optimizer steps. rows_per_step: packed rows of a step over all ranks. micro_batches: gradient accumulation.
-    learning_rate, weight_decay, beta1, beta2: AdamW (paper: silent; ours). gradient_clip: 0 switches clipping off.
+    learning_rate, weight_decay, beta1, beta2: AdamW (paper: silent; ours). optimizer "muon" moves the matrices of the
+    stack by Muon at muon_learning_rate, on the same schedule, and the rest by AdamW; it needs zero_stage 0, since
+    ZeRO's other stages flatten what Muon needs whole. gradient_clip: 0 switches clipping off.
     bias_speed: step of the balance bias (paper: 1e-4; ours larger, since a demo has few steps). engine: "deepspeed", or
     "torch" for machines without it. zero_stage: 0, 1 or 2. checkpoint_every: steps, 0 = only at the end.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
@@ -26,7 +28,9 @@ class TrainingConfig:
     steps: int = 1000
     rows_per_step: int = 16
     micro_batches: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
+    muon_learning_rate: float = 1.2e-2
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
@@ -57,7 +61,17 @@ class TrainingConfig:
                 f"training: zero_stage {self.zero_stage} is not one of 0, 1, 2; stage 3 wants the same module calls on "
                 "every rank, which packed multimodal rows do not give it yet"
             )
-        if self.learning_rate <= 0:
-            raise ConfigError(f"training: learning_rate {self.learning_rate} must be above 0")
+        if self.learning_rate <= 0 or self.muon_learning_rate <= 0:
+            raise ConfigError(
+                f"training: learning_rate {self.learning_rate} and muon_learning_rate {self.muon_learning_rate} must "
+                "be above 0"
+            )
+        if self.optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"training: optimizer {self.optimizer!r} is not one of adamw, muon")
+        if self.optimizer == "muon" and self.engine == "deepspeed" and self.zero_stage:
+            raise ConfigError(
+                f"training: optimizer muon needs whole matrices, and zero_stage {self.zero_stage} flattens them; pass "
+                "--training.zero-stage 0, or --training.optimizer adamw"
+            )
         if self.engine not in ("deepspeed", "torch"):
             raise ConfigError(f"training: engine {self.engine!r} is not one of deepspeed, torch")

@@ -1,6 +1,6 @@
 """The engines behind one interface: DeepSpeed (the only place that imports it) and plain torch.
 
-Both take a step over micro-batches of (PackedBatch, SubModelSpec), average gradients over ranks, clip, and step AdamW.
+Both take a step over micro-batches of (PackedBatch, SubModelSpec), average gradients over ranks, clip, and step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import LossWeights, combine
+from ernie_elastic.training.muon import MuonAdamW, is_matrix_of_the_stack
 
 STATE_TAG = "state"
 
@@ -84,14 +85,40 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only; norms, biases and embeddings are left alone (ours: the field's habit)."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Groups by optimizer and weight decay; "scale" times the scheduled learning rate is a group's own.
+
+    Weight decay is on matrices only; norms, biases and embeddings are left alone (ours: the field's habit).
+    """
+    muon_scale = training.muon_learning_rate / training.learning_rate
+    groups: dict[str, dict[str, Any]] = {
+        "gate_up": {"muon": True, "split": 2, "scale": muon_scale, "weight_decay": training.weight_decay},
+        "muon": {"muon": True, "scale": muon_scale, "weight_decay": training.weight_decay},
+        "decay": {"scale": 1.0, "weight_decay": training.weight_decay},
+        "plain": {"scale": 1.0, "weight_decay": 0.0},
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and "embed" not in name and "position" not in name
-        (decay if matrix else plain).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        kind = "decay" if matrix else "plain"
+        if training.optimizer == "muon" and is_matrix_of_the_stack(name, parameter):
+            kind = "gate_up" if "gate_up" in name else "muon"
+        members[kind].append(parameter)
+    return [{"params": members[name], **group} for name, group in groups.items() if members[name]]
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW for what is no matrix of the stack."""
+    groups, betas = parameter_groups(model, training), (training.beta1, training.beta2)
+    if training.optimizer == "muon":
+        return MuonAdamW(groups, betas)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, foreach=True)
+
+
+def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
+    """Give every group its share of the scheduled learning rate."""
+    for group in groups:
+        group["lr"] = lr * group["scale"]
 
 
 def deepspeed_config(training: TrainingConfig, ranks: int) -> dict[str, Any]:
@@ -139,7 +166,7 @@ class Engine(ABC):
 
 
 class TorchEngine(Engine):
-    """Plain torch: gradients are averaged in one flat all-reduce, AdamW steps on every rank."""
+    """Plain torch: gradients are averaged in one flat all-reduce, every rank steps."""
 
     def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
         ranks = world_size()
@@ -152,12 +179,7 @@ class TorchEngine(Engine):
         nn.Module.to(self.model, self.device)
         self.module = LossModule(self.model, training.loss_weights, ranks)
         self.training, self.ranks = training, ranks
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, training.weight_decay),
-            lr=training.learning_rate,
-            betas=(training.beta1, training.beta2),
-            foreach=True,
-        )
+        self.optimizer = make_optimizer(model, training)
 
     def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
         results = []
@@ -175,8 +197,7 @@ class TorchEngine(Engine):
             for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad.copy_(part.view_as(parameter))
         norm = nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer.param_groups, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return results, float(norm)
@@ -198,7 +219,7 @@ class TorchEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed with torch's AdamW under ZeRO 0 to 2."""
+    """DeepSpeed under ZeRO 0 to 2 with torch's AdamW, or under stage 0 with Muon."""
 
     def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
         deepspeed = _import_deepspeed()
@@ -211,26 +232,24 @@ class DeepSpeedEngine(Engine):
                 dist_backend=backend, timeout=timedelta(seconds=training.step_limit_s), verbose=False
             )
         module = LossModule(model, training.loss_weights, ranks)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, training.weight_decay),
-            lr=training.learning_rate,
-            betas=(training.beta1, training.beta2),
-            foreach=True,
-        )
+        optimizer = make_optimizer(model, training)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.engine.train()
         self.device, self.model = self.engine.device, model
 
     def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
         results = []
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        for batch in batches:
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
+        norm = 0.0
+        for number, batch in enumerate(batches, start=1):
             loss, result = self.engine(batch.to(self.device), spec)
             self.engine.backward(loss)
+            if number == len(batches) and not self.engine.zero_optimization():
+                # Stage 0 clips in step() and keeps no norm; its gradients are averaged over the ranks by now.
+                norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
             self.engine.step()
             results.append(result)
-        return results, float(self.engine.get_global_grad_norm() or 0.0)
+        return results, norm if norm else float(self.engine.get_global_grad_norm() or 0.0)
 
     def save_state(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag=STATE_TAG)

@@ -250,11 +250,16 @@ class _Run:
         shares = f"{elastic.full_depth:.0%}/{elastic.full_width:.0%}/{elastic.full_sparsity:.0%}"
         say(
             f"pretrain: {self.run_dir} | engine {self.training.engine}, ZeRO {self.training.zero_stage}, "
-            f"{world_size()} rank(s) on {self.engine.device}, fp32 | {parameters:,} parameters, "
-            f"{self.config.num_hidden_layers} layers, {self.config.num_experts} experts, top-"
-            f"{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
+            f"{self.training.optimizer}, {world_size()} rank(s) on {self.engine.device}, fp32 | "
+            f"{parameters:,} parameters, {self.config.num_hidden_layers} layers, {self.config.num_experts} experts, "
+            f"top-{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
             f"{self.config._experts_implementation} | elastic "
-            + (f"full on {shares} of the steps (depth/width/sparsity)" if elastic.enabled else "off")
+            + (
+                f"full on {shares} of the steps (depth/width/sparsity) from step {elastic.start_step}, layers "
+                f"{elastic.layer_policy}"
+                if elastic.enabled
+                else "off"
+            )
         )
 
 

@@ -46,6 +46,7 @@ def close(result: dict, expected: dict) -> None:
     assert result["specs"] == expected["specs"]
     assert len(set(result["specs"])) > 1, "elastic steps must occur"
     torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-5)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-3) and min(expected["norms"]) > 0
     assert result["bias"] == expected["bias"]
     for name, value in expected["weights"].items():
         assert result["weights"][name] == pytest.approx(value, rel=1e-3), name
@@ -60,8 +61,14 @@ def test_deepspeed_on_two_ranks_equals_torch_on_one(stage, single, tmp_path):
 
 
 @pytest.mark.distributed
+def test_muon_on_two_ranks_equals_one(tmp_path):
+    single = run(tmp_path, 1, "torch", "0", str(STEPS), "muon")
+    close(run(tmp_path, 2, "deepspeed", "0", str(STEPS), "muon"), single)
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
-def test_torch_engine_on_two_ranks_with_accumulation(single, tmp_path):
+def test_torch_engine_on_two_ranks_equals_one(single, tmp_path):
     two = run(tmp_path, 2, "torch", "0", str(STEPS))
     close(two, single)
 

@@ -1,6 +1,6 @@
 """Run under torchrun (or alone): trains a tiny model on random documents and writes losses and a weight checksum.
 
-usage: train_worker.py OUT ENGINE ZERO_STAGE STEPS [MICRO_BATCHES]
+usage: train_worker.py OUT ENGINE ZERO_STAGE STEPS [OPTIMIZER]
 """
 
 import json
@@ -34,14 +34,14 @@ def rows_of(step, config, start, stop):
 
 def main() -> None:
     out, engine_name, stage, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    micro = int(sys.argv[5]) if len(sys.argv) > 5 else 1
+    optimizer = sys.argv[5] if len(sys.argv) > 5 else "adamw"
     torch.set_num_threads(1)
     model = tiny_model(initializer_range=0.05)
     training = TrainingConfig(
         rows_per_step=ROWS,
         engine=engine_name,
         zero_stage=stage,
-        micro_batches=micro,
+        optimizer=optimizer,
         learning_rate=1e-2,
         weight_decay=0.1,
         step_limit_s=60,
@@ -50,13 +50,11 @@ def main() -> None:
     engine = make_engine(model, training)
     ledger = RoutingLedger(model.config.num_hidden_layers, model.config.num_experts)
     share = ROWS // world_size()
-    losses, labels = [], []
+    losses, labels, norms = [], [], []
     for step in range(steps):
         rows = rows_of(step, model.config, rank() * share, (rank() + 1) * share)
-        size = share // micro
-        batches = [collate(rows[i : i + size]) for i in range(0, share, size)]
         spec = sample_spec(elastic, model.config, 0, step)
-        results, _ = engine.train_step(batches, spec, 1e-2)
+        results, norm = engine.train_step([collate(rows)], spec, 1e-2)
         for result in results:
             ledger.add(result.routing, result.layers)
         update_bias(engine.model, ledger.finish_step(all_reduce_sum, False), spec, 1e-3)
@@ -64,10 +62,13 @@ def main() -> None:
         counts = sum(result.counts for result in results)
         losses.append((sums / counts.clamp(min=1e-6)).tolist())
         labels.append(spec.label())
+        norms.append(norm)
     weights = {name: float(p.detach().double().pow(2).sum()) for name, p in engine.model.named_parameters()}
     bias = [layer.mlp.gate.e_score_correction_bias.tolist() for layer in engine.model.model.layers]
     if rank() == 0:
-        out.write_text(json.dumps({"losses": losses, "specs": labels, "weights": weights, "bias": bias}))
+        out.write_text(
+            json.dumps({"losses": losses, "norms": norms, "specs": labels, "weights": weights, "bias": bias})
+        )
     shut_down()
 
 

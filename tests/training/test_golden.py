@@ -32,7 +32,7 @@ def losses() -> list[list[float]]:
             [build_document(random_parts(name, step, model.config), layout, Flips(0.2), generator)]
             for name in DOCUMENTS
         ]
-        spec = sample_spec(ElasticConfig(0.3, 0.3, 0.3), model.config, 0, step)
+        spec = sample_spec(ElasticConfig(full_depth=0.3, full_width=0.3, full_sparsity=0.3), model.config, 0, step)
         (result,), _ = engine.train_step([collate(documents)], spec, 1e-2)
         rows.append((result.sums / result.counts).tolist())
     return rows

@@ -39,7 +39,9 @@ def test_deepspeed_config_is_pure_and_names_clipping():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps 0"), ({"zero_stage": 3}, "zero_stage 3"), ({"learning_rate": 0.0}, "learning_rate"),
+        ({"steps": 0}, "steps 0"), ({"zero_stage": 3}, "zero_stage 3"),
+        ({"optimizer": "muon"}, "zero_stage 1 flattens"), ({"optimizer": "sgd"}, "not one of adamw, muon"),
+        ({"learning_rate": 0.0}, "learning_rate"), ({"muon_learning_rate": 0.0}, "muon_learning_rate 0.0"),
         ({"engine": "jax"}, "engine 'jax'"),
     ],
 )  # fmt: skip
