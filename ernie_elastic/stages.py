@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import ernie_elastic
@@ -90,6 +92,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(to_jsonable(value), indent=2) + "\n")
 
 
+def system_error(error: Exception) -> OSError | None:
+    """The operating system's error behind an exception: itself, or the one that safetensors only quotes in its text."""
+    if isinstance(error, OSError):
+        return error
+    quoted = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
+
+
 def disk_error(error: OSError, path: Path) -> CheckpointError:
     """An OSError as a line that says what, where and the fix."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -128,8 +138,10 @@ def stage_output(
         yield temporary
         write_manifest(temporary, stage, config, parent, extra)
         publish_directory(temporary, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    except (OSError, SafetensorError) as error:
+        if (cause := system_error(error)) is None:
+            raise
+        raise disk_error(cause, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -254,10 +266,11 @@ def run_command(name: str, function: Callable[[], Any]) -> int:
     except ErnieElasticError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = Path(error.filename or ".")
-            print(f"{name}: error: {disk_error(error, where)}", file=sys.stderr)
+    except (OSError, SafetensorError) as error:
+        cause = system_error(error)
+        if cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = Path(cause.filename or ".")
+            print(f"{name}: error: {disk_error(cause, where)}", file=sys.stderr)
             return 2
         raise
     except KeyboardInterrupt:

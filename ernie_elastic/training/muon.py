@@ -36,7 +36,7 @@ def orthogonalise(matrix_ERC: torch.Tensor, iterations: int = ITERATIONS) -> tor
 
 
 def is_matrix_of_the_stack(name: str, parameter: torch.Tensor) -> bool:
-    """True for attention and expert matrices of the decoder layers; routers, readers, heads and tables are not."""
+    """True for attention [R, C] and expert [E, R, C] matrices of the layers; not for routers, reader, heads, tables."""
     return ".layers." in name and parameter.dim() >= 2 and ".gate.weight" not in name
 
 

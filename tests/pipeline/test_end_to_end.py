@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from ernie_elastic import cli
 from ernie_elastic.data.world import WorldConfig, world_sample
@@ -209,13 +210,20 @@ def test_damaged_directories_are_refused(folder, capsys, tmp_path, monkeypatch):
         assert "copy" in line, line
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(folder, capsys, tmp_path, monkeypatch):
-    import errno
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        # What safetensors makes of it on a file system that is really full.
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_a_full_disk_is_said_and_leaves_nothing(folder, capsys, tmp_path, monkeypatch, error):
     from safetensors import torch as safetensors_torch
 
     def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     monkeypatch.setattr(safetensors_torch, "save_file", full)
