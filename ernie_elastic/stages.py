@@ -92,12 +92,21 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(to_jsonable(value), indent=2) + "\n")
 
 
-def system_error(error: Exception) -> OSError | None:
-    """The operating system's error behind an exception: itself, or the one that safetensors only quotes in its text."""
+def system_error(error: Exception, folder: Path | None = None) -> OSError | None:
+    """The operating system's error behind an exception, or None: itself, or what a library made of it.
+
+    safetensors quotes the number in its text; torch.save names none, so a full disk is looked for under `folder`.
+    """
     if isinstance(error, OSError):
         return error
-    quoted = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
-    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
+    text, number = str(error), None
+    if isinstance(error, SafetensorError):
+        quoted = re.search(r"\(os error (\d+)\)", text)
+        number = int(quoted[1]) if quoted else None
+    elif isinstance(error, RuntimeError) and ("iostream error" in text or "inline_container" in text):
+        full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < 2**20
+        number = errno.ENOSPC if full else errno.EIO
+    return None if number is None else OSError(number, os.strerror(number))
 
 
 def disk_error(error: OSError, path: Path) -> CheckpointError:

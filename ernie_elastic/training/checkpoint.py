@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,7 @@ from ernie_elastic.stages import (
     publish_directory,
     read_manifest,
     sha256_file,
+    system_error,
     write_atomic,
     write_json,
     write_manifest,
@@ -87,9 +89,12 @@ def save_checkpoint(
             write_atomic(root / "latest", f"step-{step}\n")
             _remove_old(root, keep)
         barrier()
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (cause := system_error(error, root)) is None:
+            raise
+        message = disk_error(cause, final)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(error, final) from error
+        raise message from error
     return final
 
 
