@@ -52,7 +52,7 @@ def demo() -> RunConfig:
         training=TrainingConfig(
             steps=1200, rows_per_step=6, optimizer="muon", zero_stage=0, learning_rate=1.5e-3, checkpoint_every=400
         ),
-        elastic=ElasticConfig(layer_policy="uniform", start_step=750),
+        elastic=ElasticConfig(layer_policy="uniform", start_share=0.625),
     )
 
 

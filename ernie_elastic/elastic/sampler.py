@@ -9,14 +9,17 @@ from ernie_elastic.modeling import ErnieElasticConfig
 from ernie_elastic.schema import SubModelSpec
 
 
-def sample_spec(elastic: ElasticConfig, config: ErnieElasticConfig, seed: int, step: int) -> SubModelSpec:
+def sample_spec(
+    elastic: ElasticConfig, config: ErnieElasticConfig, seed: int, step: int, total_steps: int = 0
+) -> SubModelSpec:
     """The spec of an optimizer step. The three axes are drawn independently (ours: the report is silent).
 
     Depth: a number of layers between min_depth and one less than all. Width: a random subset of the experts of each
-    layer. Sparsity: a top_k below the standard one. Full before elastic.start_step. paper: section 4.1.
+    layer. Sparsity: a top_k below the standard one. The first elastic.start_share of
+    total_steps is full. paper: section 4.1.
     """
     full = config.full_spec()
-    if not elastic.enabled or step < elastic.start_step:
+    if not elastic.enabled or step < elastic.start_share * total_steps:
         return full
     rng = random.Random(f"elastic:{seed}:{step}")
     shrink_depth, shrink_width, shrink_k = (

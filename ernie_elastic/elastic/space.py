@@ -22,8 +22,9 @@ class ElasticConfig:
 
     full_depth, full_width, full_sparsity: share of the steps at which that axis is not shrunk (paper: 75/80/80 %).
     min_depth: smallest share of the layers that is drawn. expert_shares: shares of the experts that are drawn
-    (paper: the ablation draws one half). layer_policy: which layers stay. start_step: the steps before it train the
-    full model (ours: a short run learns little while it shrinks from the start). enabled: False does so throughout.
+    (paper: the ablation draws one half). layer_policy: which layers stay. start_share: this share of a run's
+    steps trains the full model first (ours: a short run learns little while it shrinks). enabled: False does so
+    throughout.
     """
 
     enabled: bool = True
@@ -33,14 +34,12 @@ class ElasticConfig:
     min_depth: float = 0.5
     expert_shares: tuple[float, ...] = (0.5,)
     layer_policy: LayerPolicy = "random"
-    start_step: int = 0
+    start_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("full_depth", "full_width", "full_sparsity", "min_depth"):
+        for name in ("full_depth", "full_width", "full_sparsity", "min_depth", "start_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"elastic.{name} {getattr(self, name)} must lie in 0..1")
-        if self.start_step < 0:
-            raise ConfigError(f"elastic.start_step {self.start_step} must not be negative")
         if not self.expert_shares or not all(0.0 < share <= 1.0 for share in self.expert_shares):
             raise ConfigError(f"elastic.expert_shares {self.expert_shares} must all lie in (0, 1]")
 

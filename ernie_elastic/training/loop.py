@@ -197,7 +197,7 @@ class _Run:
     def step(self, step: int, batches: list[Any]) -> dict[str, Any]:
         """One optimizer step and its record."""
         begun = time.perf_counter()
-        spec = sample_spec(self.elastic, self.config, self.training.seed, step)
+        spec = sample_spec(self.elastic, self.config, self.training.seed, step, self.training.steps)
         lr = self.training.learning_rate * self.training.schedule.factor(step, self.training.steps)
         results, norm = self.engine.train_step(batches, spec, lr)
         for result in results:
@@ -255,8 +255,8 @@ class _Run:
             f"top-{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
             f"{self.config._experts_implementation} | elastic "
             + (
-                f"full on {shares} of the steps (depth/width/sparsity) from step {elastic.start_step}, layers "
-                f"{elastic.layer_policy}"
+                f"full on {shares} of the steps (depth/width/sparsity) from step "
+                f"{elastic.start_share * self.training.steps:.0f} on, layers {elastic.layer_policy}"
                 if elastic.enabled
                 else "off"
             )

@@ -84,13 +84,13 @@ def test_sampled_shares_match_the_configuration():
 
 
 def test_the_first_steps_can_train_the_full_model():
-    config, always, later = tiny_config(), ElasticConfig(full_depth=0), ElasticConfig(full_depth=0, start_step=3)
-    specs = [sample_spec(later, config, 0, step) for step in range(6)]
+    config, always, later = tiny_config(), ElasticConfig(full_depth=0), ElasticConfig(full_depth=0, start_share=0.5)
+    specs = [sample_spec(later, config, 0, step, 6) for step in range(6)]
     assert specs[:3] == [config.full_spec()] * 3
     assert specs[3:] == [sample_spec(always, config, 0, step) for step in range(3, 6)]
     assert config.full_spec() not in specs[3:]
-    with pytest.raises(ConfigError, match="start_step -1 must not be negative"):
-        ElasticConfig(start_step=-1)
+    with pytest.raises(ConfigError, match=r"elastic.start_share 1.5 must lie in 0..1"):
+        ElasticConfig(start_share=1.5)
 
 
 def test_audio_layers_stay_and_half_can_go():
