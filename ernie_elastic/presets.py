@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ernie_elastic.data.augmentation import Augmentation, Flips
 from ernie_elastic.data.prepare import PrepareConfig
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.sizes import ModelSizes
 from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
 from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
 
@@ -41,6 +43,12 @@ class RunConfig:
         return self.packed_dir or self.run_dir / "packed"
 
 
+# What a run of minutes does without: each of these costs steps, and its gain shows on longer runs only.
+SHORT_RUN = TrainingConfig(
+    loss_weights=LossWeights(image=4.0, video=4.0),
+    posterior=PosteriorWeights(enabled=False),
+    augmentation=Augmentation(Flips(frame_growth=0.0, inherit_error=False)),
+)
 DEMO_MODEL = ModelSizes(rope_theta=10_000.0, mrope_layout="interleaved", initializer_range=0.05)
 
 
@@ -49,8 +57,14 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
-        training=TrainingConfig(
-            steps=1200, rows_per_step=6, optimizer="muon", zero_stage=0, learning_rate=1.5e-3, checkpoint_every=400
+        training=dataclasses.replace(
+            SHORT_RUN,
+            steps=1200,
+            rows_per_step=6,
+            optimizer="muon",
+            zero_stage=0,
+            learning_rate=1.5e-3,
+            checkpoint_every=400,
         ),
         elastic=ElasticConfig(layer_policy="uniform", start_share=0.625),
     )
@@ -72,7 +86,9 @@ def debug() -> RunConfig:
         ),
         tokenizers=TokenizerTrainingConfig.smoke(),
         prepare=PrepareConfig(num_records=400, records_per_shard=200),
-        training=TrainingConfig(steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5)),
+        training=dataclasses.replace(
+            SHORT_RUN, steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5)
+        ),
     )
 
 
@@ -88,6 +104,8 @@ def small() -> RunConfig:
             moe_intermediate_size=128,
             rope_theta=10_000.0,
             mrope_layout="interleaved",
+            num_nextn_predict_layers=1,
+            video_window=8,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=1024),
         training=TrainingConfig(steps=5000, rows_per_step=32, checkpoint_every=500),
@@ -108,6 +126,8 @@ def ablation_3b() -> RunConfig:
             num_experts=64,
             num_experts_per_tok=8,
             understanding_width=256,
+            num_nextn_predict_layers=1,
+            video_window=8,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
         training=TrainingConfig(
@@ -130,6 +150,8 @@ def ultra_sparse() -> RunConfig:
             num_experts=512,
             num_experts_per_tok=8,
             understanding_width=512,
+            num_nextn_predict_layers=1,
+            video_window=8,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
         training=TrainingConfig(

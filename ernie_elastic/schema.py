@@ -51,13 +51,15 @@ class Segment:
 
     kind "text": `text` is a string. kind "image": `array` is uint8 [H, W, 3]. kind "video": uint8
     [F, H, W, 3]. kind "audio": float32 mono [num_samples] in [-1, 1] at the tokenizer's sample rate.
-    role "target": the model is trained to produce it. role "input": it is only read (no loss).
+    role "target": the model is trained to produce it. role "input": it is only read (no loss). speaker: float32
+    [size], the voice that a generated sound is conditioned on (paper: section 2.6), or None.
     """
 
     kind: SegmentKind
     role: SegmentRole
     text: str | None = None
     array: np.ndarray | None = None
+    speaker: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,14 @@ class RouterOutput:
 
     weights_NK: fp32 combine weights, without the selection bias. experts_NK: int64 ids.
     counts_E: int64, how many valid positions picked each expert. mass_E: fp32, the weight they gave it.
+    loss: weighted z-loss and orthogonality loss of this router; None while both are off.
     """
 
     weights_NK: torch.Tensor
     experts_NK: torch.Tensor
     counts_E: torch.Tensor
     mass_E: torch.Tensor
+    loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -195,22 +199,30 @@ class MediaInput:
 class PackedBatch:
     """Rows of packed documents, raw inputs only (embedding tables, merger and ViT are trained).
 
-    A sequence is a list of groups; a group is what is predicted in one step. Position i may see position j when
-    both are of one document and group_j <= group_i: that is the whole mask (design section 4).
+    A sequence is a list of groups; a group is what is predicted in one step. Position i may see position j when both
+    are of one document and group_j <= group_i, less the history that a video frame may not use: that is the whole mask
+    (`modeling/masks.py`).
 
     text_ids_BT          int64, -1 where the input is not a text token
     audio_codes_BTQ      int64, -1 where the input is not an audio step
     visual_inputs_ND     float32, accumulated features fed at visual positions (bits of coarser scales)
     visual_index_N       int64, their flat positions in [B * T]
-    visual_scale_N       int64, index of the scale that each visual input position predicts or closes
+    visual_scale_N       int64, index of the scale that each visual input position predicts; the number of scales for
+                         S_S, one more for the read-only group at full resolution
     media                understanding inputs, grouped by shape
+    sound_features_NF    float32, continuous features of audio steps that are read, with flat positions in
+                         sound_index_N and the number of the sound in sound_item_N, both int64
+    speaker_NF           float32, speaker embeddings, with flat positions in speaker_index_N int64
     document_BT          int32, -1 for padding
     group_BT             int32, increasing along a document
+    clip_BT, frame_BT    int32, number of the generated video in its document (-1: none) and of the frame in it
+    dropped_BT           bool, True where later frames of the clip may not look
     position_BT3         float32 (t, h, w), Uni-RoPE
     task_BT              int8, index into TASKS, -1 for padding; analysis and loss weights only
     text_targets_BT      int64, -100 where the text head has no target
     next_codes_BTQ       int64, -1 where no audio step is predicted; level 0 may hold EOA (= codebook size)
     bit_targets_ND       float32 0/1 [N', D]; bit_index_N int64 flat positions; bit_weight_N float32 scale weights
+    active_bits          only the first so many of the D bits are predicted; 0 = all
     """
 
     text_ids_BT: torch.Tensor
@@ -219,8 +231,16 @@ class PackedBatch:
     visual_index_N: torch.Tensor
     visual_scale_N: torch.Tensor
     media: list[MediaInput]
+    sound_features_NF: torch.Tensor
+    sound_index_N: torch.Tensor
+    sound_item_N: torch.Tensor
+    speaker_NF: torch.Tensor
+    speaker_index_N: torch.Tensor
     document_BT: torch.Tensor
     group_BT: torch.Tensor
+    clip_BT: torch.Tensor
+    frame_BT: torch.Tensor
+    dropped_BT: torch.Tensor
     position_BT3: torch.Tensor
     task_BT: torch.Tensor
     text_targets_BT: torch.Tensor
@@ -228,7 +248,7 @@ class PackedBatch:
     bit_targets_ND: torch.Tensor
     bit_index_N: torch.Tensor
     bit_weight_N: torch.Tensor
-    keys: tuple[str, ...] = ()
+    active_bits: int = 0
 
     @property
     def num_positions(self) -> int:

@@ -1,7 +1,6 @@
 """Token segments to a document: the sequence of groups that the model reads and predicts.
 
-A group is what is predicted in one step: one text token, one scale of one frame, one 80 ms audio step, or a whole
-understanding input. Letters: n positions, D bits, Q levels, M tokens of an item. paper: figures 2 and 3.
+Letters: n positions, D bits, Q levels, M tokens of an item, h/w grid of a scale, F features. paper: figures 2 and 3.
 """
 
 from __future__ import annotations
@@ -12,130 +11,36 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ernie_elastic.data.augmentation import Augmentation, happens
+from ernie_elastic.data.layout import IGNORE, Document, Layout, scale_positions, scale_weight
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import DataError
 from ernie_elastic.schema import TASK_ID
-from ernie_elastic.tokenizers.quantizers import MultiScaleBits, ScaleCodes
-
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Everything that fixes a document's shape; made from the model's config."""
-
-    bos: int
-    eos: int
-    boi: int
-    eoi: int
-    bov: int
-    eov: int
-    boa: int
-    eoa: int
-    next_frame: int
-    quantizer: MultiScaleBits
-    num_bits: int
-    num_levels: int
-    codebook_size: int
-    understanding_grid: int
-    frames_per_token: int = 4
-
-    def frame_length(self) -> int:
-        """Positions that one generated frame adds after its opener: scales 2..K and S_S."""
-        return sum(h * w for h, w in self.quantizer.scales[1:]) + 1
-
-    def understanding_length(self, num_frames: int) -> int:
-        """Tokens of an understanding input."""
-        return self.understanding_grid**2 * max(1, num_frames // self.frames_per_token)
-
-
-@dataclass(frozen=True)
-class Flips:
-    """History bit flips while training: each scale draws a rate in [0, max_rate], each bit flips with it.
-
-    paper: section 2.4 (self-correction); peer value 0.3 for photographs, ours smaller for tiny pictures.
-    """
-
-    max_rate: float = 0.1
-
-    def rates(self, num_frames: int, num_scales: int, generator: torch.Generator) -> torch.Tensor:
-        """float32 [F, num_scales]."""
-        return torch.rand((num_frames, num_scales), generator=generator) * self.max_rate
-
-
-@dataclass
-class Document:
-    """One document as flat tensors; the fields are those of `schema.PackedBatch`, without rows."""
-
-    text_ids: torch.Tensor
-    audio_codes: torch.Tensor
-    visual_inputs: torch.Tensor
-    visual_index: torch.Tensor
-    visual_scale: torch.Tensor
-    media: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    group: torch.Tensor
-    position: torch.Tensor
-    task: torch.Tensor
-    text_targets: torch.Tensor
-    next_codes: torch.Tensor
-    bit_targets: torch.Tensor
-    bit_index: torch.Tensor
-    bit_weight: torch.Tensor
-    next_position: int = 0
-
-    def __len__(self) -> int:
-        return len(self.text_ids)
-
-
-def document_length(parts: Sequence[Tokens], layout: Layout) -> int:
-    """Positions of the document that `build_document` makes of `parts`, without making it."""
-    total = 1
-    for part in parts:
-        size = len(part)
-        if part.kind == "text":
-            total += size
-        elif part.kind == "audio":
-            total += size + 2
-        elif part.role == "input":
-            total += layout.understanding_length(size) + 2
-        else:
-            total += size * layout.frame_length() + 2
-    return total
+from ernie_elastic.tokenizers.quantizers import ScaleCodes
 
 
 def build_document(
     parts: Sequence[Tokens],
     layout: Layout,
-    flips: Flips | None = None,
+    augmentation: Augmentation | None = None,
     generator: torch.Generator | None = None,
     opener: int | None = None,
 ) -> Document:
     """The document of `parts`: BOS, then every segment between its markers, targets where role is "target".
 
-    flips with generator re-quantise visual targets against flipped histories. opener: a marker to end a prompt with
-    (BOI, BOV, BOA), after which the model generates. Raises DataError for an unknown kind.
+    augmentation with generator is what training does to a document (flips re-quantise visual targets against flipped
+    histories). opener: a marker to end a prompt with (BOI, BOV, BOA), after which the model generates. Raises DataError
+    for an unknown kind, for parts that this layout cannot read, and for values that are not finite: one NaN would reach
+    every document of its row.
     """
-    builder = _Builder(layout)
+    builder = DocumentBuilder(layout, augmentation or Augmentation(flips=None, speaker_dropout=0.0), generator)
     builder.text(layout.bos)
+    visual_target = any(part.kind in ("image", "video") and part.role == "target" for part in parts)
+    unconditional = visual_target and happens(builder.augmentation.condition_dropout, generator)
     for part in parts:
-        if part.kind == "text":
-            builder.add_text(part)
-        elif part.kind == "audio":
-            builder.add_audio(part)
-        elif part.kind in ("image", "video"):
-            if part.role == "input":
-                builder.add_understanding(part)
-            elif part.scale_codes is not None:
-                builder.add_visual(part.kind, part.scale_codes)
-            else:
-                assert part.latents is not None
-                latents = torch.from_numpy(part.latents.astype(np.float32))
-                rates = None
-                if flips is not None and generator is not None:
-                    rates = flips.rates(len(latents), len(layout.quantizer.scales), generator)
-                builder.add_visual(part.kind, layout.quantizer.encode(latents, rates, generator))
-        else:
-            raise DataError(f"segment kind {part.kind!r} is not one of text, image, video, audio")
+        if unconditional and part.kind == "text" and part.role == "input":
+            continue
+        builder.add(part)
     if opener is not None:
         builder.text(opener)
     elif parts and parts[-1].role == "target":
@@ -144,8 +49,12 @@ def build_document(
 
 
 @dataclass
-class _Builder:
+class DocumentBuilder:
+    """Appends segments position by position; `finish` gives the document."""
+
     layout: Layout
+    augmentation: Augmentation
+    generator: torch.Generator | None = None
     text_ids: list[int] = field(default_factory=list)
     codes: list[np.ndarray | None] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
@@ -157,14 +66,50 @@ class _Builder:
     visual_index: list[int] = field(default_factory=list)
     visual_scale: list[int] = field(default_factory=list)
     media: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    sounds: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    speakers: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    clip: list[tuple[int, int, bool]] = field(default_factory=list)
     bits: list[torch.Tensor] = field(default_factory=list)
     bit_index: list[int] = field(default_factory=list)
     bit_weight: list[float] = field(default_factory=list)
     next_group: int = 0
     next_position: int = 0
+    num_clips: int = 0
 
-    def _append(self, text_id: int, position: tuple[float, float, float], task: str) -> int:
+    def add(self, part: Tokens) -> None:
+        """Append one segment. Raises DataError for an unknown kind and for values that are not finite."""
+        if part.kind == "text":
+            self.add_text(part)
+        elif part.kind == "audio":
+            self.add_audio(part)
+        elif part.kind not in ("image", "video"):
+            raise DataError(f"segment kind {part.kind!r} is not one of text, image, video, audio")
+        elif part.role == "input":
+            self.add_understanding(part)
+        else:
+            self.add_visual(part.kind, self._scale_codes(part))
+
+    def _scale_codes(self, part: Tokens) -> ScaleCodes:
+        active = self.augmentation.active_bits or self.layout.active_bits
+        if part.scale_codes is not None:
+            codes = part.scale_codes
+        else:
+            latents = finite(part.latents, f"latents of a generated {part.kind}")
+            quantizer, flips, rates = self.layout.quantizer, self.augmentation.flips, None
+            if flips is not None and self.generator is not None:
+                rates = flips.rates(len(latents), len(quantizer.scales), self.generator)
+            codes = quantizer.encode(latents, rates, self.generator)
+        return codes.first_bits(active) if active else codes
+
+    def _append(
+        self,
+        text_id: int,
+        position: tuple[float, float, float],
+        task: str,
+        clip: tuple[int, int, bool] = (-1, 0, False),
+    ) -> int:
         self.text_ids.append(text_id)
+        self.clip.append(clip)
         self.codes.append(None)
         self.group.append(self.next_group)
         self.position.append(position)
@@ -177,14 +122,17 @@ class _Builder:
         return (float(self.next_position - 1),) * 3
 
     def text(self, token: int, task: str = "text") -> int:
+        """Append one text position; its index."""
         index = self._append(token, self._running(), task)
         self.next_group += 1
         return index
 
     def predict_text(self, token: int) -> None:
+        """Make `token` the text target of the last position."""
         self.text_targets[len(self.text_ids) - 1] = token
 
     def add_text(self, part: Tokens) -> None:
+        """Text: one token a group."""
         assert part.ids is not None
         for token in part.ids.tolist():
             if part.role == "target":
@@ -192,25 +140,53 @@ class _Builder:
             self.text(token)
 
     def add_audio(self, part: Tokens) -> None:
-        assert part.codes is not None
+        """A sound: one 80 ms step a group, a speaker before it when the layout has one."""
+        if part.codes is None:
+            raise DataError("an audio segment needs the codes of the audio tokenizer")
         target = part.role == "target"
         task = "audio_generation" if target else "audio_understanding"
         if target:
+            self._speaker(part, task)
             self.predict_text(self.layout.boa)
         last = self.text(self.layout.boa, task if target else "text")
+        continuous = self.layout.continuous_audio and not target
+        indices = []
         for step in part.codes.astype(np.int64):
             if target:
                 self.next_codes[last] = step
             last = self._append(-1, self._running(), task)
-            self.codes[last] = step
+            indices.append(last)
+            if not continuous:
+                self.codes[last] = step
             self.next_group += 1
+        if continuous:
+            features = finite(part.features, "features of a sound that is read")
+            if features.shape != (len(indices), self.layout.feature_size):
+                raise DataError(
+                    f"features of a sound have shape {tuple(features.shape)}; its {len(indices)} steps need "
+                    f"[{len(indices)}, {self.layout.feature_size}]; make them with the model's audio tokenizer"
+                )
+            self.sounds.append((features, torch.tensor(indices, dtype=torch.int64)))
         if target:
             end = np.full(self.layout.num_levels, -1, dtype=np.int64)
             end[0] = self.layout.codebook_size
             self.next_codes[last] = end
         self.text(self.layout.eoa)
 
+    def _speaker(self, part: Tokens, task: str) -> None:
+        """The voice to speak with, one position before BOA. paper: section 2.6; left out at times (ours)."""
+        size = self.layout.speaker_size
+        if part.speaker is None or not size or happens(self.augmentation.speaker_dropout, self.generator):
+            return
+        vector = finite(part.speaker, "a speaker embedding")
+        if vector.shape != (size,):
+            raise DataError(f"a speaker embedding has shape {tuple(vector.shape)}; this model reads [{size}]")
+        index = self._append(-1, self._running(), task)
+        self.speakers.append((vector, index))
+        self.next_group += 1
+
     def add_understanding(self, part: Tokens) -> None:
+        """A picture or clip that is read: one bidirectional group, no loss."""
         if part.pixels is None or part.latents is None:
             raise DataError(f"an understanding {part.kind} needs pixels and the visual tokenizer's latents")
         video = part.kind == "video"
@@ -227,37 +203,54 @@ class _Builder:
         self.next_group += 1
         self.next_position = offset + max(frames, grid)
         pixels = torch.from_numpy(np.ascontiguousarray(part.pixels))
-        features = torch.from_numpy(part.latents.astype(np.float32))
+        features = finite(part.latents, f"features of a {part.kind} that is read")
         self.media.append((pixels, features, torch.tensor(indices)))
         self.text(self.layout.eov if video else self.layout.eoi)
 
     def add_visual(self, kind: str, codes: ScaleCodes) -> None:
+        """A drawn picture or clip: one scale of one frame a group, S_S after each frame."""
         video, layout = kind == "video", self.layout
         task = f"{kind}_generation"
         self.predict_text(layout.bov if video else layout.boi)
         last = self.text(layout.bov if video else layout.boi, task)
         frames, offset = len(codes.total), self.next_position
+        clip = self.num_clips if video else -1
+        self.num_clips += video
+        # Frame 0 has S_S of frame 0 as its successor's first scale, so S_S counts to the frame that it opens.
+        hidden = [video and happens(self.augmentation.frame_drop, self.generator) for _ in range(frames)] + [False]
         for frame in range(frames):
+            place, opens = (clip, frame, hidden[frame]), (clip, frame + 1, hidden[frame + 1])
             self._bits([last], codes.targets[0][frame], 0)
             for scale in range(1, len(layout.quantizer.scales)):
                 inputs = codes.inputs[scale]
                 assert inputs is not None
-                self._bits(self._scale(inputs[frame], scale, offset, frame, task), codes.targets[scale][frame], scale)
+                indices = self._scale(inputs[frame], scale, scale, offset, frame, task, place)
+                self._bits(indices, codes.targets[scale][frame], scale)
+            closing = len(layout.quantizer.scales)
+            if layout.full_scale:
+                self._scale(codes.total[frame], closing - 1, closing + 1, offset, frame, task, place)
             pooled = layout.quantizer.down(codes.total[frame : frame + 1], 0)[0]
-            last = self._scale(pooled, 0, offset, frame, task, closing=True)[-1]
+            last = self._scale(pooled, 0, closing, offset, frame, task, opens)[-1]
             closed = frame + 1 == frames
             self.predict_text(layout.next_frame if not closed else layout.eov if video else layout.eoi)
         self.next_position = offset + max(frames, *layout.quantizer.grid)
         self.text(layout.eov if video else layout.eoi)
 
     def _scale(
-        self, feature_hwD: torch.Tensor, scale: int, offset: int, frame: int, task: str, closing: bool = False
+        self,
+        feature_hwD: torch.Tensor,
+        grid: int,
+        index: int,
+        offset: int,
+        frame: int,
+        task: str,
+        place: tuple[int, int, bool],
     ) -> list[int]:
+        """Positions on the grid of a scale; index: row of the scale embedding."""
         indices = []
-        for h, w in scale_positions(self.layout.quantizer, scale):
-            index = self._append(-1, (float(offset + frame), offset + h, offset + w), task)
-            self.visual_scale.append(len(self.layout.quantizer.scales) if closing else scale)
-            indices.append(index)
+        for h, w in scale_positions(self.layout.quantizer, grid):
+            indices.append(self._append(-1, (float(offset + frame), offset + h, offset + w), task, place))
+            self.visual_scale.append(index)
         self.visual_index.extend(indices)
         self.visual.append(feature_hwD.reshape(-1, feature_hwD.shape[-1]))
         self.next_group += 1
@@ -269,6 +262,7 @@ class _Builder:
         self.bit_weight.extend([scale_weight(self.layout.quantizer, scale)] * len(indices))
 
     def finish(self) -> Document:
+        """The document of what was appended."""
         size, levels = len(self.text_ids), self.layout.num_levels
         codes = torch.full((size, levels), -1, dtype=torch.int64)
         next_codes = torch.full((size, levels), -1, dtype=torch.int64)
@@ -288,7 +282,12 @@ class _Builder:
             visual_index=torch.tensor(self.visual_index, dtype=torch.int64),
             visual_scale=torch.tensor(self.visual_scale, dtype=torch.int64),
             media=self.media,
+            sounds=self.sounds,
+            speakers=self.speakers,
             group=torch.tensor(self.group, dtype=torch.int32),
+            clip=torch.tensor([clip for clip, _, _ in self.clip], dtype=torch.int32),
+            frame=torch.tensor([frame for _, frame, _ in self.clip], dtype=torch.int32),
+            dropped=torch.tensor([dropped for _, _, dropped in self.clip], dtype=torch.bool),
             position=torch.tensor(self.position, dtype=torch.float32),
             task=torch.tensor(self.task, dtype=torch.int8),
             text_targets=text_targets,
@@ -297,28 +296,18 @@ class _Builder:
             bit_index=torch.tensor(self.bit_index, dtype=torch.int64),
             bit_weight=torch.tensor(self.bit_weight, dtype=torch.float32),
             next_position=self.next_position,
+            active_bits=self.augmentation.active_bits or self.layout.active_bits,
+            feature_size=self.layout.feature_size,
+            speaker_size=self.layout.speaker_size,
         )
 
 
-def scale_positions(quantizer: MultiScaleBits, scale: int) -> list[tuple[float, float]]:
-    """(h, w) of every cell of a scale, aligned on the cell's centre in units of the finest grid.
-
-    ours: h = (i + 0.5) * H / H_k - 0.5; the report says centre-aligned and gives no formula.
-    """
-    rows, columns = quantizer.scales[scale]
-    height, width = quantizer.grid
-    return [
-        ((i + 0.5) * height / rows - 0.5, (j + 0.5) * width / columns - 0.5)
-        for i in range(rows)
-        for j in range(columns)
-    ]
-
-
-def scale_weight(quantizer: MultiScaleBits, scale: int) -> float:
-    """Loss weight of each position of a scale: 1/sqrt(area), normalised to sum 1 over a frame.
-
-    paper: section 2.4 asks for coarse emphasis without a formula; ours: the one of Infinity.
-    """
-    areas = [h * w for h, w in quantizer.scales]
-    total = sum(area / area**0.5 for area in areas)
-    return float(1.0 / areas[scale] ** 0.5 / total)
+def finite(array: np.ndarray | None, what: str) -> torch.Tensor:
+    """float32 tensor of an array of any shape; DataError when it is missing or holds NaN or infinity."""
+    if array is None:
+        raise DataError(f"{what} are missing")
+    tensor = torch.from_numpy(np.asarray(array, dtype=np.float32))
+    if not bool(tensor.isfinite().all()):
+        bad = int((~tensor.isfinite()).sum())
+        raise DataError(f"{what} hold {bad} values that are NaN or infinite, of {tensor.numel()}; drop the record")
+    return tensor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ernie_elastic.data.grouping import Flips, Layout, build_document
+from ernie_elastic.data.augmentation import Augmentation
+from ernie_elastic.data.grouping import build_document
+from ernie_elastic.data.layout import Layout
 from ernie_elastic.data.order import rows_of_step
 from ernie_elastic.data.packing import collate
 from ernie_elastic.data.shards import PackedCorpus
@@ -17,27 +19,33 @@ from ernie_elastic.schema import PackedBatch
 
 @dataclass(frozen=True)
 class PackedLoader:
-    """What one rank reads. rows_per_step counts all ranks and micro-batches; flips depend on (seed, draw) alone."""
+    """What one rank reads. rows_per_step counts all ranks and micro-batches; augmentation depends on (seed, draw).
+
+    active_bits: visual bits in use at a step, None = all (paper: section 2.2, from few bits to many while training).
+    """
 
     corpus: PackedCorpus
     layout: Layout
     rows_per_step: int
     row_length: int
     seed: int
-    flips: Flips | None = None
+    augmentation: Augmentation | None = None
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
+    active_bits: Callable[[int], int | None] = lambda _: None
 
     def step(self, step: int) -> list[PackedBatch]:
         """The micro-batches of optimizer step `step` on this rank."""
-        rows = []
+        rows, augmentation = [], self.augmentation
+        if augmentation is not None:
+            augmentation = replace(augmentation, active_bits=self.active_bits(step))
         draws = rows_of_step(self.seed, step, self.rows_per_step, self.corpus.num_rows, self.rank, self.world_size)
         for row, draw in draws:
             generator = torch.Generator().manual_seed((self.seed << 32) + draw)
             rows.append(
                 [
-                    build_document(self.corpus.document(number), self.layout, self.flips, generator)
+                    build_document(self.corpus.document(number), self.layout, augmentation, generator)
                     for number in self.corpus.row(row)
                 ]
             )

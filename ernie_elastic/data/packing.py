@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ernie_elastic.data.grouping import IGNORE, Document
+from ernie_elastic.data.layout import IGNORE, Document
 from ernie_elastic.errors import DataError
 from ernie_elastic.schema import PAD_TASK, MediaInput, PackedBatch
 
@@ -51,14 +51,19 @@ def collate(
     pad_id: text id at padding (-1: no embedding at all).
     """
     totals = [sum(len(document) for document in row) for row in rows]
+    if not any(totals):
+        raise DataError("a batch needs at least one document; every row is empty")
     length = row_length or max(totals)
     sample = next(document for row in rows for document in row)
+    feature_size, speaker_size = sample.feature_size, sample.speaker_size
     shape, levels = (len(rows), length), sample.audio_codes.shape[1]
     text_ids = torch.full(shape, pad_id, dtype=torch.int64)
     codes = torch.full((*shape, levels), -1, dtype=torch.int64)
     next_codes = codes.clone()
     document_id = torch.full(shape, -1, dtype=torch.int32)
     group = torch.zeros(shape, dtype=torch.int32)
+    clip, frame = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    dropped = torch.zeros(shape, dtype=torch.bool)
     position = torch.zeros((*shape, 3))
     task = torch.full(shape, PAD_TASK, dtype=torch.int8)
     text_targets = torch.full(shape, IGNORE, dtype=torch.int64)
@@ -75,6 +80,9 @@ def collate(
             next_codes[b, span] = document.next_codes
             document_id[b, span] = number
             group[b, span] = document.group
+            clip[b, span] = document.clip
+            frame[b, span] = document.frame
+            dropped[b, span] = document.dropped
             position[b, span] = document.position
             task[b, span] = document.task
             text_targets[b, span] = document.text_targets
@@ -85,10 +93,18 @@ def collate(
             flat["bit_targets"].append(document.bit_targets)
             flat["bit_index"].append(document.bit_index + offset)
             flat["bit_weight"].append(document.bit_weight)
+            for sound, index in document.sounds:
+                flat["sound_features"].append(sound)
+                flat["sound_index"].append(index + offset)
+                flat["sound_item"].append(torch.full_like(index, len(flat["sound_item"])))
+            for vector, place in document.speakers:
+                flat["speaker"].append(vector[None])
+                flat["speaker_index"].append(torch.tensor([place + offset]))
             for pixels, features, index in document.media:
                 media[tuple(pixels.shape)].append((pixels, features, index + offset))
             start += len(document)
-    joined = {name: torch.cat(values) for name, values in flat.items()}
+    joined = {name: torch.cat(values) for name, values in flat.items() if values}
+    no_index = torch.zeros(0, dtype=torch.int64)
     return PackedBatch(
         text_ids_BT=text_ids,
         audio_codes_BTQ=codes,
@@ -99,8 +115,16 @@ def collate(
             MediaInput(*(torch.stack(parts) for parts in zip(*items, strict=True)))
             for _, items in sorted(media.items())
         ],
+        sound_features_NF=joined.get("sound_features", torch.zeros(0, feature_size)),
+        sound_index_N=joined.get("sound_index", no_index),
+        sound_item_N=joined.get("sound_item", no_index),
+        speaker_NF=joined.get("speaker", torch.zeros(0, speaker_size)),
+        speaker_index_N=joined.get("speaker_index", no_index),
         document_BT=document_id,
         group_BT=group,
+        clip_BT=clip,
+        frame_BT=frame,
+        dropped_BT=dropped,
         position_BT3=position,
         task_BT=task,
         text_targets_BT=text_targets,
@@ -108,4 +132,5 @@ def collate(
         bit_targets_ND=joined["bit_targets"],
         bit_index_N=joined["bit_index"],
         bit_weight_N=joined["bit_weight"],
+        active_bits=sample.active_bits,
     )

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ernie_elastic.data.grouping import Layout, document_length
+from ernie_elastic.data.layout import Layout, document_length
 from ernie_elastic.data.packing import pack_lengths, packing_efficiency
 from ernie_elastic.data.shards import ROWS_FILE, write_rows, write_shard
 from ernie_elastic.data.tokenise import Tokenizers, tokenise
@@ -38,7 +38,8 @@ class PrepareConfig:
 
     num_records: documents of the training split of the embedded world. task_weights: their shares.
     row_length: positions of a packed row. records_per_shard and num_workers only change speed and file sizes.
-    max_reject_share: the stage stops when more of the records than this cannot be used.
+    max_reject_share: the stage stops when more of the records than this cannot be used. sound_features: also store what
+    a model with audio_input "continuous" reads.
     """
 
     num_records: int = 20000
@@ -47,6 +48,7 @@ class PrepareConfig:
     records_per_shard: int = 2000
     num_workers: int = 2
     max_reject_share: float = 0.01
+    sound_features: bool = False
     world: WorldConfig = field(default_factory=WorldConfig)
     task_weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
 
@@ -123,7 +125,7 @@ def _make_shard(job: Job) -> Result:
     count = min(config.records_per_shard, config.num_records - start)
     samples = list(world_records(config.task_weights, config.seed, "train", start, count, config.world))
     documents, rejects = _tokenise_kept(samples, tokenizers)
-    write_shard(Path(path), documents)
+    write_shard(Path(path), documents, config.sound_features)
     tokens: Counter[str] = Counter()
     for document in documents:
         for part in document:

@@ -1,8 +1,10 @@
 """Packed shards on disk: tokenised documents as flat arrays, and which of them share a row.
 
 One shard is a safetensors file: `ids` int32, `pixels` uint8 [frames, H, W, 3], `latents` float16 [frames, h, w, D],
-`codes` int16 [steps, Q], `features` float16 [frames, h, w, D] (frozen CNN features, frame by frame
-beside `pixels`), and an index `segments` int64 [segments, 5]: document, kind, role, start, length.
+`codes` int16 [steps, Q], `features` float16 [frames, h, w, D] (frozen CNN features, frame by frame beside `pixels`),
+`sound_features` float16 [steps, C] (beside `codes`, when asked for), `speakers` float32 [n, size] with
+`speaker_segments` int64 [n] (rows of the index), and an index `segments` int64 [segments, 5]: document, kind, role,
+start, length.
 Rows are listed in `rows.safetensors`: `documents` int64 (numbers over all shards) and `offsets` int64 [rows + 1].
 """
 
@@ -22,23 +24,44 @@ ROLES = ("input", "target")
 ROWS_FILE = "rows.safetensors"
 
 
-def write_shard(path: Path, documents: list[list[Tokens]]) -> None:
-    """Write tokenised documents as one shard."""
-    parts: dict[str, list[np.ndarray]] = {"ids": [], "pixels": [], "latents": [], "codes": [], "features": []}
+def write_shard(path: Path, documents: list[list[Tokens]], sound_features: bool = False) -> None:
+    """Write tokenised documents as one shard; sound_features: with the features of sounds."""
+    speakers: list[tuple[int, np.ndarray]] = []
+    parts: dict[str, list[np.ndarray]] = {
+        "ids": [],
+        "pixels": [],
+        "latents": [],
+        "codes": [],
+        "features": [],
+        "sound_features": [],
+    }
     totals = dict.fromkeys(parts, 0)
-    index = []
+    index: list[tuple[int, ...]] = []
     for number, document in enumerate(documents):
         for segment in document:
             name = _array_name(segment)
             array = segment.array()
+            if segment.speaker is not None:
+                speakers.append((len(index), segment.speaker))
             index.append((number, KINDS.index(segment.kind), ROLES.index(segment.role), totals[name], len(array)))
             parts[name].append(array)
             if name == "pixels" and segment.latents is not None:
                 parts["features"].append(segment.latents)
+            if name == "codes" and sound_features:
+                parts["sound_features"].append(_sound_features(segment))
             totals[name] += len(array)
     tensors = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+    if speakers:
+        tensors["speakers"] = np.stack([vector for _, vector in speakers]).astype(np.float32)
+        tensors["speaker_segments"] = np.asarray([row for row, _ in speakers], dtype=np.int64)
     tensors["segments"] = np.asarray(index, dtype=np.int64).reshape(-1, 5)
     save_file(tensors, path)
+
+
+def _sound_features(segment: Tokens) -> np.ndarray:
+    if segment.features is None:
+        raise DataError("a sound carries no features; tokenise it with the model's audio tokenizer")
+    return segment.features.astype(np.float16)
 
 
 def _array_name(segment: Tokens) -> str:
@@ -75,7 +98,9 @@ class PackedCorpus:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         segments = arrays["segments"]
         count = int(segments[-1, 0]) + 1 if len(segments) else 0
-        return {**arrays, "num_documents": count, "starts": np.searchsorted(segments[:, 0], np.arange(count + 1))}
+        speaker_of = {int(row): place for place, row in enumerate(arrays.get("speaker_segments", ()))}
+        starts = np.searchsorted(segments[:, 0], np.arange(count + 1))
+        return {**arrays, "num_documents": count, "starts": starts, "speaker_of": speaker_of}
 
     @property
     def num_rows(self) -> int:
@@ -91,12 +116,17 @@ class PackedCorpus:
         shard_id = int(np.searchsorted(self.first, number, side="right")) - 1
         shard, local = self.shards[shard_id], number - int(self.first[shard_id])
         parts = []
-        for row in shard["segments"][shard["starts"][local] : shard["starts"][local + 1]]:
+        offset, end = int(shard["starts"][local]), int(shard["starts"][local + 1])
+        for local_row, row in enumerate(shard["segments"][offset:end]):
             _, kind, role, start, length = (int(value) for value in row)
             empty = Tokens(KINDS[kind], ROLES[role])
             name = _array_name(empty)
             arrays = {name: shard[name][start : start + length]}
             if name == "pixels" and "features" in shard:
                 arrays["latents"] = shard["features"][start : start + length]
+            if name == "codes" and "sound_features" in shard:
+                arrays["features"] = shard["sound_features"][start : start + length]
+            if offset + local_row in shard["speaker_of"]:
+                arrays["speaker"] = shard["speakers"][shard["speaker_of"][offset + local_row]]
             parts.append(Tokens(empty.kind, empty.role, **arrays))
         return parts

@@ -57,7 +57,11 @@ class Tokenizers:
 
 
 def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tokens]]:
-    """Token segments of each sample; pictures of the whole batch are encoded in one call."""
+    """Token segments of each sample; pictures of the whole batch are encoded in one call.
+
+    Sounds carry the audio tokenizer's components beside their codes. Raises DataError for what cannot be
+    read.
+    """
     frames: list[np.ndarray] = []
     waves: list[np.ndarray] = []
     for sample in samples:
@@ -68,7 +72,7 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 waves.append(_array(sample, segment))
     with torch.inference_mode():
         latents = tokenizers.visual.encode(torch.from_numpy(np.stack(frames))).half().numpy() if frames else None
-        codes = tokenizers.audio.encode_batch(waves) if waves else []
+        sounds = tokenizers.audio.encode_with_components(waves)
     next_frame, next_wave, documents = 0, 0, []
     for sample in samples:
         parts: list[Tokens] = []
@@ -79,9 +83,11 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 ids = np.asarray(tokenizers.text.encode(segment.text), dtype=np.int32)
                 parts.append(Tokens("text", segment.role, ids=ids))
             elif segment.kind == "audio":
-                steps = np.asarray(codes[next_wave], dtype=np.int16)
+                codes, components = sounds[next_wave]
                 next_wave += 1
-                parts.append(Tokens("audio", segment.role, codes=steps))
+                features = components.half().numpy()
+                steps = np.asarray(codes, dtype=np.int16)
+                parts.append(Tokens("audio", segment.role, codes=steps, features=features, speaker=segment.speaker))
             else:
                 assert latents is not None
                 frame_list = _frames(sample, segment)

@@ -16,7 +16,8 @@ class Tokens:
 
     ids int32 [n]; pixels uint8 [F, H, W, 3] (understanding); latents float16 [F, h, w, D] (generation, and
     the frozen CNN features of understanding);
-    codes int16 [S, Q]; scale_codes: bits that are decided already, such as a picture that the model drew.
+    codes int16 [S, Q]; scale_codes: bits that are decided already, such as a picture that the model drew. Sounds may
+    also carry features float [S, F] (the audio tokenizer's before quantisation) and a speaker embedding float32 [size].
     """
 
     kind: str
@@ -26,6 +27,8 @@ class Tokens:
     latents: np.ndarray | None = None
     codes: np.ndarray | None = None
     scale_codes: ScaleCodes | None = None
+    features: np.ndarray | None = None
+    speaker: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Text tokens, frames or audio steps."""

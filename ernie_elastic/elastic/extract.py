@@ -55,6 +55,7 @@ def extract_model(model: ErnieElasticForCausalLM, spec: SubModelSpec) -> ErnieEl
         counts.pop(),
         spec.top_k,
     )
+    config.first_k_dense = sum(layer < model.config.first_k_dense for layer in spec.layers)
     config.audio_head_layers = [spec.layers.index(layer) for layer in model.config.audio_head_layers or ()]
     config._experts_implementation = model.config._experts_implementation
     state = {}
@@ -78,8 +79,10 @@ def extract_model(model: ErnieElasticForCausalLM, spec: SubModelSpec) -> ErnieEl
 def without_audio(model: ErnieElasticForCausalLM) -> ErnieElasticForCausalLM:
     """The same model without audio embeddings and heads."""
     config = copy.deepcopy(model.config)
-    config.audio_num_levels, config.audio_head_layers = 0, []
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.audio.")}
+    config.audio_num_levels, config.audio_head_layers, config.audio_input = 0, [], "codes"
+    gone = ("model.audio.", "model.sound.", "model.speaker.")
+    config.speaker_embedding_size = 0
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(gone)}
     smaller = cast_weights(ErnieElasticForCausalLM(config), model.dtype)
     smaller.load_state_dict(state)
     smaller.tie_weights()

@@ -15,7 +15,7 @@ from ernie_elastic.elastic.importance import measured_mass, packed_rows, stored_
 from ernie_elastic.elastic.space import droppable_layers, evenly_spaced
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.losses import modality_sums
+from ernie_elastic.modeling.losses import LOSSES, MODALITIES, modality_sums
 from ernie_elastic.schema import PackedBatch, SubModelSpec
 from ernie_elastic.stages import progress, say, write_json
 
@@ -71,11 +71,12 @@ def candidates(model: ErnieElasticForCausalLM, mass_LE: torch.Tensor, request: R
 @torch.inference_mode()
 def mean_loss(model: ErnieElasticForCausalLM, batches: list[PackedBatch], spec: SubModelSpec | None) -> float:
     """Mean over the modalities that occur of each one's mean loss."""
-    sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    sums, counts = torch.zeros(len(LOSSES), dtype=torch.float64), torch.zeros(len(LOSSES), dtype=torch.float64)
     for batch in batches:
         batch = batch.to(model.device)
         part, weight = modality_sums(model.forward_packed(batch, submodel=spec), batch)
         sums, counts = sums + part.double().cpu(), counts + weight.double().cpu()
+    sums, counts = sums[: len(MODALITIES)], counts[: len(MODALITIES)]
     return float((sums / counts)[counts > 0].mean())
 
 

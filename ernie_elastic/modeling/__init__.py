@@ -3,13 +3,16 @@
 Importing this package registers the classes with Transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
+import ernie_elastic.tokenizers.text_hf  # noqa: F401 - registers the tokenizer class with AutoTokenizer
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM, ErnieElasticModel
+from ernie_elastic.modeling.processing import ErnieElasticProcessor
 
-__all__ = ["ErnieElasticConfig", "ErnieElasticForCausalLM", "ErnieElasticModel"]
+__all__ = ["ErnieElasticConfig", "ErnieElasticForCausalLM", "ErnieElasticModel", "ErnieElasticProcessor"]
 
 AutoConfig.register(ErnieElasticConfig.model_type, ErnieElasticConfig, exist_ok=True)
 AutoModel.register(ErnieElasticConfig, ErnieElasticModel, exist_ok=True)
 AutoModelForCausalLM.register(ErnieElasticConfig, ErnieElasticForCausalLM, exist_ok=True)
+AutoProcessor.register(ErnieElasticConfig, ErnieElasticProcessor, exist_ok=True)

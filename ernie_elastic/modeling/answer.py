@@ -11,10 +11,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ernie_elastic.data.grouping import Document, build_document
+from ernie_elastic.data.grouping import build_document
+from ernie_elastic.data.layout import Document
 from ernie_elastic.data.tokenise import Tokenizers, tokenise
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.generation import GroupDecoder, RoutingSink, Sampling, layout_of
+from ernie_elastic.modeling.generation_audio import decode_audio
+from ernie_elastic.modeling.generation_text import decode_text
+from ernie_elastic.modeling.generation_visual import decode_visual
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM
 from ernie_elastic.schema import Sample, Segment, SubModelSpec
 
@@ -58,12 +62,12 @@ def _decode(
 ) -> list[Answer]:
     decoder.prefill(documents)
     if mode == "text":
-        return [tokenizers.text.decode(ids) for ids in decoder.decode_text()]
+        return [tokenizers.text.decode(ids) for ids in decode_text(decoder)]
     if mode == "audio":
-        codes = [row.cpu() for row in decoder.decode_audio()]
+        codes = [row.cpu() for row in decode_audio(decoder)]
         waves = iter(tokenizers.audio.decode_batch([row for row in codes if len(row)]))
         return [np.asarray(next(waves)) if len(row) else np.zeros(0, dtype=np.float32) for row in codes]
-    totals = decoder.decode_visual(mode == "video")
+    totals = decode_visual(decoder, mode == "video")
     with torch.inference_mode():
         pixels = tokenizers.visual.decode(torch.cat(totals).cpu().float()).numpy()
     if mode == "image":

@@ -5,14 +5,17 @@ Letters: B rows, T positions, H hidden, A heads, C head width, P rotary pairs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
+from ernie_elastic.modeling.masks import SequenceMask, flex_block_mask
 from ernie_elastic.modeling.positions import apply_rotary
 
 
@@ -56,6 +59,29 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class HeadExchange(Protocol):
+    """Sequence parallelism as attention sees it: all positions of some heads instead of some positions of all heads."""
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, A, T / ranks, C] of this rank -> [B, A / ranks, T, C]."""
+
+    def join_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, A / ranks, C] -> [B, T / ranks, A, C]."""
+
+
+def packed_mask(mask: SequenceMask, config: ErnieElasticConfig) -> Any:
+    """What the configured attention back end takes for a packed batch: a BlockMask for `flex_attention`, a bool mask
+    for `sdpa` and `eager`, the mask itself for rows above `attention_block`. ConfigError for a back end without masks.
+    """
+    name = config._attn_implementation
+    if name == "flex_attention":
+        return flex_block_mask(mask.places, mask.window)
+    if name not in ("sdpa", "eager"):
+        raise ConfigError(f"packed batches need attn_implementation sdpa, eager or flex_attention, not {name!r}")
+    long = mask.places.document.shape[1] > config.attention_block
+    return mask if long else mask.dense()
+
+
 class ErnieElasticAttention(nn.Module):
     """q, k, v, o projections around the attention function that `config._attn_implementation` names."""
 
@@ -81,14 +107,17 @@ class ErnieElasticAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | SequenceMask | None = None,
         past_key_values: Cache | None = None,
         cache_layer: int | None = None,
+        exchange: HeadExchange | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [B, T, H] -> output [B, T, H] and the weights, when the back end gives them.
 
-        cache_layer: slot in the cache; a sub-model with dropped layers numbers its layers from 0.
+        attention_mask: whole (bool or additive [B, 1, T, S], or a back end's own form), or a SequenceMask that is
+        lowered block by block. cache_layer: slot in the cache; a sub-model with dropped layers numbers its layers from
+        0. exchange: sequence parallelism; hidden_states hold this rank's positions, the mask those of all ranks.
         """
         query = self._split_heads(self.q_proj(hidden_states))
         key = self._split_heads(self.k_proj(hidden_states))
@@ -100,11 +129,43 @@ class ErnieElasticAttention(nn.Module):
         if past_key_values is not None:
             slot = self.layer_idx if cache_layer is None else cache_layer
             key, value = past_key_values.update(key, value, slot)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=self.attention_dropout, scaling=self.scaling, **kwargs
-        )
+        if exchange is not None:
+            query, key, value = exchange.split_heads(query), exchange.split_heads(key), exchange.split_heads(value)
+        if isinstance(attention_mask, SequenceMask):
+            output, weights = self._attend_in_blocks(query, key, value, attention_mask, **kwargs), None
+        else:
+            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        if exchange is not None:
+            output = exchange.join_heads(output)
         return self.o_proj(output.flatten(-2)), weights
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attend(self, query, key, value, mask, dropout=self.attention_dropout, scaling=self.scaling, **kwargs)
+
+    def _attend_in_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SequenceMask, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attention of long rows, one block of queries at a time over the keys that any of them may see.
+
+        ours: a mask of 32K x 32K floats takes 4 GiB; one of a block is gone after its block. Recomputed in backward.
+        """
+        size, blocks = self.config.attention_block, []
+        for start in range(0, query.shape[2], size):
+            rows = slice(start, min(start + size, query.shape[2]))
+            columns = mask.columns_of(rows)
+            parts = (query[:, :, rows], key[:, :, columns], value[:, :, columns])
+
+            def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, area: tuple[slice, slice]) -> torch.Tensor:
+                return self._attend(q, k, v, mask.dense(*area), **kwargs)[0]
+
+            if torch.is_grad_enabled():
+                blocks.append(checkpoint(block, *parts, (rows, columns), use_reentrant=False))
+            else:
+                blocks.append(block(*parts, (rows, columns)))
+        return torch.cat(blocks, dim=1)
 
     def _split_heads(self, x_BTX: torch.Tensor) -> torch.Tensor:
         """[B, T, A * C] -> [B, T, A, C]; A is what this rank holds, and B may be 0."""

@@ -1,7 +1,7 @@
-"""Group-by-group decoding with a KV cache: text tokens, scales of pictures, frames, audio steps.
+"""Group-by-group decoding with a KV cache: the state of a batch, and one step.
 
-Letters: B rows, T positions, S cached positions, G positions of one group, H hidden, D bits, Q levels, V codes,
-N vocabulary. Every row of a batch is one document; shorter prompts are padded on the left.
+Letters: B rows, T positions, S cached positions, G positions of a step, H hidden, D bits, Q levels, V vocabulary.
+Every row of a batch is one document; shorter prompts are padded on the left.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ernie_elastic.data.grouping import Document, Layout, scale_positions
+from ernie_elastic.data.layout import Document, Layout
 from ernie_elastic.data.packing import collate
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
-from ernie_elastic.modeling.masks import cached_mask, dense_mask
+from ernie_elastic.modeling.inputs import embed_batch
+from ernie_elastic.modeling.masks import Places, SequenceMask, cached_mask
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM
 from ernie_elastic.modeling.outputs import StackOutput
-from ernie_elastic.schema import PAD_TASK, TASK_ID, RouterOutput, SubModelSpec
+from ernie_elastic.schema import PAD_TASK, TASK_ID, PackedBatch, RouterOutput, SubModelSpec
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
 
 # (hidden statistics of one step: tasks int8 [B * G], routing per layer, run layers)
@@ -50,12 +51,42 @@ def layout_of(config: ErnieElasticConfig) -> Layout:
         num_levels=config.audio_num_levels,
         codebook_size=config.audio_codebook_size,
         understanding_grid=config.understanding_image_size // config.understanding_patch // 2,
+        full_scale=config.ss_scale == "full",
+        active_bits=config.visual_active_bits or 0,
+        continuous_audio=config.audio_input == "continuous",
+        speaker_size=config.speaker_embedding_size,
+        feature_size=config.audio_feature_size,
     )
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of pictures: logits = unconditional + value * (conditional - unconditional).
+
+    The value moves linearly from `start` at the first scale to `end` at the last one; in a clip the first scale's moves
+    from first_frame to start over the frames. 1 everywhere means none. VideoAR: 5 to 3 for text, 1 to 5 to 10 for
+    classes; paper: silent.
+    """
+
+    start: float = 1.0
+    end: float = 1.0
+    first_frame: float | None = None
+
+    def value(self, scale: int, num_scales: int, frame: int = 0, num_frames: int = 1) -> float:
+        """The guidance of one scale of one frame."""
+        start = self.start
+        if self.first_frame is not None and num_frames > 1:
+            start = self.first_frame + (self.start - self.first_frame) * frame / (num_frames - 1)
+        return start + (self.end - start) * scale / max(1, num_scales - 1)
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How choices are made. temperature 0 takes the most likely one; seed makes draws repeatable."""
+    """How choices are made. temperature 0 takes the most likely one; seed makes draws repeatable.
+
+    speculative: draft the token after next with the MTP module and check it in the next step (the same tokens, fewer
+    steps). guidance: of pictures and clips. max_parts: of a free-running answer.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -64,13 +95,16 @@ class Sampling:
     max_new_tokens: int = 64
     max_frames: int = 16
     max_audio_steps: int = 64
+    max_parts: int = 8
+    speculative: bool = False
+    guidance: Guidance | None = None
 
 
 @dataclass
 class GroupDecoder:
-    """State of a batch that is being decoded: cache, valid keys and each row's running position.
+    """State of a batch that is being decoded: cache, the places of its keys, each row's running position.
 
-    forced: replaces every choice while testing (teacher forcing through the cached path).
+    With guidance the rows are the conditional prompts followed by as many unconditional ones.
     """
 
     model: ErnieElasticForCausalLM
@@ -80,31 +114,51 @@ class GroupDecoder:
     routing_sink: RoutingSink | None = None
 
     def __post_init__(self) -> None:
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = DynamicCache()  # grows by layers: the MTP module takes the slot after the last one
         self.device = self.model.device
         self.generator = torch.Generator().manual_seed(self.sampling.seed)
+        self.steps_taken = 0
+        self.window = self.model.config.video_window
+        self.next_clip = 1 << 20  # above the clips of any prompt
+        spec = self.submodel or self.model.config.full_spec()
+        self.mtp_slot = len(spec.layers)
+        self.drafting = self.sampling.speculative
+        if self.drafting and self.model.model.mtp is None:
+            raise ConfigError("speculative decoding needs an MTP module: num_nextn_predict_layers is 0 in this model")
 
-    @torch.inference_mode()
     def prefill(self, prompts: list[Document]) -> None:
         """Read all of each prompt but its last position, which the first step takes."""
-        batch = collate([[document] for document in prompts], pad_left=True).to(self.device)
-        hidden = self.model.model.embed_batch(batch)
-        self.next_position = torch.tensor([document.next_position for document in prompts], device=self.device)
-        self.last_position_B3 = batch.position_BT3[:, -1]
-        self.last_hidden_BH = hidden[:, -1]
-        self.key_valid_BS = batch.document_BT[:, :-1] >= 0
-        self.last_task_B = batch.task_BT[:, -1]
+        batch = collate([[document] for document in prompts], pad_left=True)
+        self.prefill_batch(batch, torch.tensor([document.next_position for document in prompts]))
+
+    @torch.inference_mode()
+    def prefill_batch(self, batch: PackedBatch, next_position_B: torch.Tensor) -> None:
+        """As `prefill`, of a left-padded batch with one document a row and the running index after it, int64 [B]."""
+        batch = batch.to(self.device)
+        model = self.model.model
+        hidden = embed_batch(model, batch)
+        self.next_position = next_position_B.to(self.device)
+        self.next_group = int(batch.group_BT.max()) + 1
+        places = Places.of(batch)
+        self.keys = places.map(lambda part: part[:, :-1])
+        self.last_places = places.map(lambda part: part[:, -1:])
+        self.last_position_B3, self.last_hidden_BH = batch.position_BT3[:, -1], hidden[:, -1]
+        # Without padding, windows and rejected drafts every key is visible, and no mask is made.
+        self.all_visible = not self.window and bool((self.keys.document >= 0).all())
         if hidden.shape[1] > 1:
-            mask = dense_mask(batch.document_BT[:, :-1], batch.group_BT[:, :-1])
-            out = self.model.model.run_stack(
+            mask, position = SequenceMask(self.keys, self.window).dense(), batch.position_BT3[:, :-1]
+            out = model.run_stack(
                 hidden[:, :-1],
-                batch.position_BT3[:, :-1],
+                position,
                 mask,
                 self.cache,
                 self.submodel,
-                valid_N=self.key_valid_BS.reshape(-1),
+                valid_N=(self.keys.document >= 0).reshape(-1),
                 is_causal=False,
             )
+            if self.drafting and model.mtp is not None:
+                rotary = model.rotary_emb(position)
+                model.mtp(out.hidden, hidden[:, 1:], rotary, mask, self.cache, self.mtp_slot, is_causal=False)
             self._record(batch.task_BT[:, :-1].reshape(-1), out)
 
     @torch.inference_mode()
@@ -115,29 +169,58 @@ class GroupDecoder:
         task: str,
         next_codes: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         active_B: torch.Tensor | None = None,
+        clip: tuple[int, int] = (-1, 0),
+        groups: int = 1,
     ) -> StackOutput:
-        """Run one new group through the stack against the cache; its keys become final.
+        """Run new positions through the stack against the cache; their keys become final.
 
-        next_codes: the audio sampler, called level by level when the group predicts an audio step.
+        They are one group, or `groups` groups of one position each (a token and its draft). next_codes: the audio
+        sampler, called level by level when the group predicts an audio step. clip: (number, frame) of a generated clip.
         """
         rows, size = embedded_BGH.shape[:2]
-        new = torch.ones((rows, size), dtype=torch.bool, device=self.device)
-        self.key_valid_BS = torch.cat([self.key_valid_BS, new], dim=1)
-        valid = new if active_B is None else active_B[:, None].expand(rows, size)
+        new = self._places(rows, size, clip, groups)
+        self.keys = self.keys.cat(new)
+        self.next_group += groups
+        self.steps_taken += 1
+        active = torch.ones(rows, dtype=torch.bool, device=self.device) if active_B is None else active_B
+        valid_BG = active[:, None].expand(rows, size)
+        self.mask = None if self.all_visible and groups == 1 else cached_mask(new, self.keys, self.window)
         out = self.model.model.run_stack(
             embedded_BGH,
             position_BG3,
-            cached_mask(self.key_valid_BS, size),
+            self.mask,
             self.cache,
             self.submodel,
             next_codes=next_codes,
-            valid_N=valid.reshape(-1),
+            valid_N=valid_BG.reshape(-1),
             is_causal=False,
             audio_index_S=torch.arange(rows * size, device=self.device) if next_codes is not None else None,
         )
-        tasks = torch.full((rows, size), TASK_ID[task], dtype=torch.int8, device=self.device)
-        self._record(tasks.masked_fill(~valid, PAD_TASK).reshape(-1), out)
+        if self.routing_sink is not None:
+            tasks = torch.full((rows, size), TASK_ID[task], dtype=torch.int8, device=self.device)
+            self._record(tasks.masked_fill(~valid_BG, PAD_TASK).reshape(-1), out)
         return out
+
+    def _places(self, rows: int, size: int, clip: tuple[int, int], groups: int) -> Places:
+        document = self.last_places.document.expand(rows, size)
+        group = torch.full_like(document, self.next_group)
+        if groups > 1:
+            group = group + torch.arange(size, dtype=group.dtype, device=self.device)
+        number, frame = clip
+        return Places(
+            document,
+            group,
+            torch.full_like(document, number),
+            torch.full_like(document, frame),
+            torch.zeros_like(document, dtype=torch.bool),
+        )
+
+    def reject(self, rows_B: torch.Tensor) -> None:
+        """Hide the newest key of the rows where bool [B] is True."""
+        document = self.keys.document.clone()
+        document[:, -1] = torch.where(rows_B, -1, document[:, -1])
+        self.keys = Places(document, self.keys.group, self.keys.clip, self.keys.frame, self.keys.dropped)
+        self.all_visible = self.all_visible and not bool(rows_B.any())
 
     def _record(self, task_N: torch.Tensor, out: StackOutput) -> None:
         if self.routing_sink is not None:
@@ -147,11 +230,25 @@ class GroupDecoder:
         """Embedding [B, 1, H] and position [B, 1, 3] of the prompts' last position."""
         return self.last_hidden_BH[:, None], self.last_position_B3[:, None]
 
+    def set_pending(self, embedded_B1H: torch.Tensor, position_B13: torch.Tensor) -> None:
+        """Make these the position that the next step reads first: embedding [B, 1, H] and position [B, 1, 3]."""
+        self.last_hidden_BH, self.last_position_B3 = embedded_B1H[:, 0], position_B13[:, 0]
+
+    def open(self, token: int) -> None:
+        """Read what is pending and put a marker (BOI, BOV, BOA) after it."""
+        self.step(*self.first_group(), "text")
+        rows = len(self.next_position)
+        self.set_pending(*self.token_group(torch.full((rows,), token, device=self.device)))
+
     def running_position(self) -> torch.Tensor:
         """The next running index of every row on all three axes, float32 [B, 1, 3]; moves on by one."""
         position = self.next_position.float()[:, None, None].expand(-1, 1, 3)
         self.next_position = self.next_position + 1
         return position
+
+    def token_group(self, token_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedding and position of one text token a row, at the next running index."""
+        return self.model.model.embed_tokens(token_B)[:, None], self.running_position()
 
     def choose(self, logits_BV: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
         """One id per row, int64 [B]."""
@@ -171,106 +268,3 @@ class GroupDecoder:
             return (logits_BGD >= 0).float()
         chance = (logits_BGD.float() / self.sampling.bit_temperature).sigmoid().cpu()
         return torch.bernoulli(chance, generator=self.generator).to(self.device)
-
-    @torch.inference_mode()
-    def decode_text(self) -> list[list[int]]:
-        """Tokens of each row up to EOS (left out) or max_new_tokens."""
-        embedded, position = self.first_group()
-        rows = len(self.next_position)
-        active = torch.ones(rows, dtype=torch.bool, device=self.device)
-        produced: list[torch.Tensor] = []
-        for _ in range(self.sampling.max_new_tokens):
-            out = self.step(embedded, position, "text", active_B=active)
-            token_B = self.choose(self.model.lm_head(out.hidden[:, -1]))
-            active = active & (token_B != self.layout.eos)
-            produced.append(torch.where(active, token_B, -1))
-            if not bool(active.any()):
-                break
-            embedded, position = self.model.model.embed_tokens(token_B)[:, None], self.running_position()
-        table = torch.stack(produced, dim=1).tolist()
-        return [[token for token in row if token >= 0] for row in table]
-
-    @torch.inference_mode()
-    def decode_visual(self, video: bool) -> list[torch.Tensor]:
-        """Accumulated features of each row's frames: float32 [F, H, W, D]; an image has one frame."""
-        assert self.model.model.visual is not None
-        task = "video_generation" if video else "image_generation"
-        embedded, position = self.first_group()
-        rows = len(self.next_position)
-        active = torch.ones(rows, dtype=torch.bool, device=self.device)
-        frame_counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        offset_B, frames = self.next_position.float(), []
-        out = self.step(embedded, position, task, active_B=active)
-        for frame in range(self.sampling.max_frames if video else 1):
-            total = self.decode_frame(out, offset_B, frame, task, active)
-            frames.append(total)
-            frame_counts += active
-            if frame + 1 == self.sampling.max_frames or not video:
-                break
-            # S_S is stepped once: its text logits decide, its bit logits start the next frame.
-            pooled = self.layout.quantizer.down(total, 0)
-            out = self.step(*self.embed_scale(pooled, 0, offset_B, frame, closing=True), task, active_B=active)
-            logits_BN = self.model.lm_head(out.hidden[:, -1])
-            active = active & (logits_BN[:, self.layout.next_frame] >= logits_BN[:, self.layout.eov])
-            if not bool(active.any()):
-                break
-        stacked = torch.stack(frames, dim=1)
-        return [stacked[row, : int(frame_counts[row])] for row in range(rows)]
-
-    def decode_frame(
-        self, out: StackOutput, offset_B: torch.Tensor, frame: int, task: str, active: torch.Tensor
-    ) -> torch.Tensor:
-        """All scales of one frame, the first one from `out`; the accumulated feature float32 [B, H, W, D]."""
-        assert self.model.model.visual is not None
-        quantizer = self.layout.quantizer
-        total = torch.zeros((len(offset_B), *quantizer.grid, self.layout.num_bits), device=self.device)
-        for scale, (height, width) in enumerate(quantizer.scales):
-            if scale:
-                group = self.embed_scale(quantizer.down(total, scale), scale, offset_B, frame)
-                out = self.step(*group, task, active_B=active)
-            bits = self.choose_bits(self.model.model.visual.bit_head(out.hidden)).unflatten(1, (height, width))
-            total = total + quantizer.contribution(bits, scale)
-        return total
-
-    def embed_scale(
-        self, feature_BhwD: torch.Tensor, scale: int, offset_B: torch.Tensor, frame: int, closing: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embedding [B, h*w, H] and position [B, h*w, 3] of the positions that predict (or close) a scale."""
-        assert self.model.model.visual is not None
-        rows = len(feature_BhwD)
-        places = torch.tensor(scale_positions(self.layout.quantizer, scale), device=self.device)
-        index = len(self.layout.quantizer.scales) if closing else scale
-        flat = feature_BhwD.reshape(rows * len(places), -1)
-        embedded = self.model.model.visual(flat, torch.full((len(flat),), index, device=self.device))
-        position = torch.cat([torch.full((len(places), 1), float(frame), device=self.device), places], dim=1)
-        return embedded.unflatten(0, (rows, -1)), position[None] + offset_B[:, None, None]
-
-    @torch.inference_mode()
-    def decode_audio(self) -> list[torch.Tensor]:
-        """Codes int64 [S, Q] of each row, up to EOA (left out) or max_audio_steps."""
-        assert self.model.model.audio is not None
-        embedded, position = self.first_group()
-        rows, end = len(self.next_position), self.layout.codebook_size
-        active = torch.ones(rows, dtype=torch.bool, device=self.device)
-        steps: list[torch.Tensor] = []
-        for _ in range(self.sampling.max_audio_steps):
-            chosen: list[torch.Tensor] = []
-            self.step(embedded, position, "audio_generation", self._code_sampler(chosen, end), active)
-            codes_BQ = torch.stack(chosen, dim=1)
-            active = active & (codes_BQ[:, 0] != end)
-            steps.append(codes_BQ.masked_fill(~active[:, None], -1))
-            if not bool(active.any()):
-                break
-            embedded = self.model.model.audio.embed_steps(codes_BQ)[:, None]
-            position = self.running_position()
-        table = torch.stack(steps, dim=1)
-        return [row[row[:, 0] >= 0] for row in table]
-
-    def _code_sampler(self, chosen: list[torch.Tensor], end: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        def sample(level: int, logits_BV: torch.Tensor) -> torch.Tensor:
-            if level:  # only the first level may end the sound
-                logits_BV = logits_BV[:, :end]
-            chosen.append(self.choose(logits_BV))
-            return chosen[-1]
-
-        return sample

@@ -25,8 +25,8 @@ class VisualIO(nn.Module):
         super().__init__()
         assert config.visual_scales is not None
         self.embed = nn.Linear(config.visual_bits, config.hidden_size, bias=False)
-        # One row per scale that a position predicts, and one for S_S, which closes the frame.
-        num_scales = len(config.visual_scales) + 1
+        # One row per scale that a position predicts, one for S_S, which closes the frame, one for the full frame.
+        num_scales = len(config.visual_scales) + 1 + (config.ss_scale == "full")
         self.scale_embed = nn.Embedding(num_scales, config.hidden_size) if config.visual_scale_embedding else None
         self.bit_head = nn.Linear(config.hidden_size, config.visual_bits)
 

@@ -10,30 +10,40 @@ from ernie_elastic.modeling.outputs import PackedOutput
 from ernie_elastic.schema import TASK_ID, PackedBatch
 
 MODALITIES = ("text", "image", "video", "audio")
+# What is added up: one loss per modality, and that of multi-token prediction.
+LOSSES = (*MODALITIES, "mtp")
 
 
 def modality_sums(output: PackedOutput, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss sums and their weights' sums per modality, float32 [4] each, in the order of MODALITIES.
+    """Loss sums and their weights' sums, float32 [5] each, in the order of LOSSES.
 
     text: cross-entropy per token. image, video: bit cross-entropy per position, weighted by scale. audio:
-    cross-entropy averaged over the levels of a step.
+    cross-entropy averaged over the levels of a step. mtp: cross-entropy of the token after next.
     """
     targets_N = batch.text_targets_BT.reshape(-1)[output.text_index_N]
     text = F.cross_entropy(output.text_logits_NV.float(), targets_N, reduction="sum")
-    per_position_N = bit_loss(output.bit_logits_ND, batch.bit_targets_ND) * batch.bit_weight_N
-    video_N = batch.task_BT.reshape(-1)[batch.bit_index_N] == TASK_ID["video_generation"]
+    mtp_targets_N = batch.text_targets_BT.reshape(-1)[output.mtp_index_N + 1]
+    mtp = F.cross_entropy(output.mtp_logits_NV.float(), mtp_targets_N, reduction="sum")
+    bit_targets_ND, bit_weight_N = batch.bit_targets_ND, batch.bit_weight_N
+    if len(output.bit_index_N) != len(batch.bit_index_N):  # a sequence shard holds some of the targets
+        here_N = torch.isin(batch.bit_index_N, output.bit_index_N)
+        bit_targets_ND, bit_weight_N = bit_targets_ND[here_N], bit_weight_N[here_N]
+    active = batch.active_bits or bit_targets_ND.shape[-1]
+    per_position_N = bit_loss(output.bit_logits_ND[:, :active], bit_targets_ND[:, :active]) * bit_weight_N
+    video_N = batch.task_BT.reshape(-1)[output.bit_index_N] == TASK_ID["video_generation"]
     codes_SQ = batch.next_codes_BTQ.flatten(0, 1)[output.audio_index_S]
     audio, levels = text.new_zeros(()), max(1, len(output.audio_logits))
     for level, logits_SV in enumerate(output.audio_logits):
         target_S = codes_SQ[:, level]
         audio = audio + F.cross_entropy(logits_SV.float(), target_S, ignore_index=-1, reduction="sum") / levels
-    sums = torch.stack([text, (per_position_N * ~video_N).sum(), (per_position_N * video_N).sum(), audio])
+    sums = torch.stack([text, (per_position_N * ~video_N).sum(), (per_position_N * video_N).sum(), audio, mtp])
     counts = torch.stack(
         [
             torch.tensor(float(len(targets_N)), device=text.device),
-            (batch.bit_weight_N * ~video_N).sum(),
-            (batch.bit_weight_N * video_N).sum(),
+            (bit_weight_N * ~video_N).sum(),
+            (bit_weight_N * video_N).sum(),
             (codes_SQ >= 0).sum().float() / levels,
+            torch.tensor(float(len(mtp_targets_N)), device=text.device),
         ]
     )
     return sums, counts

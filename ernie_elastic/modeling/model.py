@@ -19,17 +19,21 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.attention import ErnieElasticAttention, RMSNorm
+from ernie_elastic.modeling.blocks import ErnieElasticMLP, MultiTokenPredictor
 from ernie_elastic.modeling.configuration import SHIM_MODULE, SHIM_TEXT, ErnieElasticConfig
 from ernie_elastic.modeling.heads import AudioIO, CodeSampler, VisualIO
-from ernie_elastic.modeling.masks import dense_mask
-from ernie_elastic.modeling.outputs import PackedOutput, StackOutput
+from ernie_elastic.modeling.inputs import SoundEncoder, embed_batch
+from ernie_elastic.modeling.masks import Places, SequenceMask
+from ernie_elastic.modeling.multimodal_generate import MultimodalGeneration
+from ernie_elastic.modeling.outputs import ErnieElasticModelOutput, StackOutput, router_loss
+from ernie_elastic.modeling.packed import PackedEntry
 from ernie_elastic.modeling.positions import UniRotary, axis_of_pair, rotary_frequencies
-from ernie_elastic.modeling.router import ErnieElasticTopKRouter, count_routing
+from ernie_elastic.modeling.router import ErnieElasticTopKRouter, count_routing, orthogonal_loss, z_loss
 from ernie_elastic.modeling.understanding import UnderstandingEncoder
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
 
@@ -61,12 +65,15 @@ class ErnieElasticExperts(nn.Module):
 
 
 class ErnieElasticMoE(nn.Module):
-    """Router and experts. No token is dropped (paper: section 1.2)."""
+    """Router, experts, and shared experts where the config has them. No token is dropped (paper: section 1.2)."""
 
     def __init__(self, config: ErnieElasticConfig) -> None:
         super().__init__()
         self.gate = ErnieElasticTopKRouter(config)
         self.experts = ErnieElasticExperts(config)
+        shared = config.num_shared_experts
+        self.shared_experts = ErnieElasticMLP(config, shared * config.moe_intermediate_size) if shared else None
+        self.z_loss, self.orthogonal_loss = config.router_z_loss, config.router_orthogonal_loss
 
     def forward(
         self,
@@ -77,18 +84,24 @@ class ErnieElasticMoE(nn.Module):
     ) -> tuple[torch.Tensor, RouterOutput]:
         """[B, T, H] -> [B, T, H] and the decision; valid_N bool leaves padding out of the counts."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_NK, ids_NK = self.gate(flat, kept_experts, top_k)
-        output = self.experts(flat, ids_NK, weights_NK).view_as(hidden_states)
-        return output, count_routing(weights_NK, ids_NK, self.gate.num_experts, valid_N)
+        logits_NE, weights_NK, ids_NK = self.gate(flat, kept_experts, top_k)
+        output = self.experts(flat, ids_NK, weights_NK)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(flat)
+        decision = count_routing(weights_NK, ids_NK, self.gate.num_experts, valid_N)
+        if self.z_loss or self.orthogonal_loss:
+            rows_EH = self.gate.weight if kept_experts is None else self.gate.weight[kept_experts]
+            decision.loss = self.z_loss * z_loss(logits_NE, valid_N) + self.orthogonal_loss * orthogonal_loss(rows_EH)
+        return output.view_as(hidden_states), decision
 
 
 class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and mixture of experts."""
+    """Pre-norm attention, then a mixture of experts or, where `dense_width` is given, one dense SwiGLU."""
 
-    def __init__(self, config: ErnieElasticConfig, layer_idx: int) -> None:
+    def __init__(self, config: ErnieElasticConfig, layer_idx: int, dense_width: int | None = None) -> None:
         super().__init__()
         self.self_attn = ErnieElasticAttention(config, layer_idx)
-        self.mlp = ErnieElasticMoE(config)
+        self.mlp = ErnieElasticMoE(config) if dense_width is None else ErnieElasticMLP(config, dense_width)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -96,15 +109,15 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         past_key_values: Cache | None = None,
         cache_layer: int | None = None,
         kept_experts: torch.Tensor | None = None,
         top_k: int | None = None,
         valid_N: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, RouterOutput]:
-        """[B, T, H] -> [B, T, H] and the router's decision."""
+    ) -> tuple[torch.Tensor, RouterOutput | None]:
+        """[B, T, H] -> [B, T, H] and the router's decision (None in a dense layer)."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings,
@@ -114,7 +127,10 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        mixed, routing = self.mlp(self.post_attention_layernorm(hidden_states), kept_experts, top_k, valid_N)
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, ErnieElasticMLP):
+            return hidden_states + self.mlp(normed), None
+        mixed, routing = self.mlp(normed, kept_experts, top_k, valid_N)
         return hidden_states + mixed, routing
 
 
@@ -168,14 +184,27 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
     def __init__(self, config: ErnieElasticConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ErnieElasticDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        dense = [
+            config.intermediate_size if i < config.first_k_dense else None for i in range(config.num_hidden_layers)
+        ]
+        self.layers = nn.ModuleList(ErnieElasticDecoderLayer(config, i, width) for i, width in enumerate(dense))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = UniRotary(config)
         self.visual = VisualIO(config) if config.visual_bits else None
         self.audio = AudioIO(config) if config.audio_num_levels else None
         self.understanding = UnderstandingEncoder(config) if config.understanding_patch else None
+        self.sound = SoundEncoder(config) if config.audio_input == "continuous" else None
+        speaker = config.speaker_embedding_size
+        self.speaker = nn.Linear(speaker, config.hidden_size, bias=False) if speaker else None
+        self.mtp = self._make_predictor() if config.num_nextn_predict_layers else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _make_predictor(self) -> MultiTokenPredictor:
+        config = self.config
+        return MultiTokenPredictor(
+            config, ErnieElasticDecoderLayer(config, config.num_hidden_layers, config.intermediate_size)
+        )
 
     @capture_outputs
     def forward(
@@ -188,7 +217,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         use_cache: bool | None = None,
         submodel: SubModelSpec | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> ErnieElasticModelOutput:
         """Transformers' entry for text: input_ids int64 [B, T] or inputs_embeds [B, T, H] -> last_hidden_state.
 
         position_ids [B, T], or [B, T, 3] for (t, h, w); attention_mask [B, S] (1 = valid) or a 4-D mask.
@@ -210,13 +239,15 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
             position_ids=position_ids if position_ids.dim() == 2 else position_ids[..., 0],
         )
         output = self.run_stack(inputs_embeds, position_ids, mask, past_key_values, submodel, **kwargs)
-        return MoeModelOutputWithPast(last_hidden_state=output.hidden, past_key_values=past_key_values)
+        return ErnieElasticModelOutput(
+            last_hidden_state=output.hidden, past_key_values=past_key_values, router_loss=router_loss(output.routing)
+        )
 
     def run_stack(
         self,
         hidden: torch.Tensor,
         position: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Any,
         cache: Cache | None = None,
         submodel: SubModelSpec | None = None,
         next_codes: torch.Tensor | CodeSampler | None = None,
@@ -224,9 +255,9 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         valid_N: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> StackOutput:
-        """Run every layer of the (sub-)model once. hidden [B, T, H], position [B, T(, 3)], mask bool [B, 1, T, S].
-
-        A mask of None with is_causal=False shows every key; Transformers' own entry leaves is_causal out.
+        """Run every layer of the (sub-)model once. hidden [B, T, H], position [B, T(, 3)], mask bool [B, 1, T, S], a
+        SequenceMask or what the attention back end takes. None with is_causal=False shows every key; Transformers' own
+        entry leaves is_causal out.
 
         audio_index_S: flat positions that predict an audio step; next_codes: their true codes int64 [S, Q] (-1 where
         a level has none) or a sampler called level by level. The code of a level is embedded and added to the hidden
@@ -236,22 +267,23 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         if submodel is not None:
             self.config.check_spec(submodel)
         rotary = self.rotary_emb(position)
-        routing: list[RouterOutput] = []
+        routing: dict[int, RouterOutput] = {}
         audio_logits: list[torch.Tensor] = []
         heads = {layer: level for level, layer in enumerate(self.config.audio_head_layers or ())}
         all_experts = self.config.num_experts
         for slot, (layer_id, experts) in enumerate(zip(spec.layers, spec.experts_per_layer, strict=True)):
             kept = None if len(experts) == all_experts else torch.tensor(experts, device=hidden.device)
             hidden, decision = self.layers[layer_id](
-                hidden, rotary, mask, cache, slot, kept_experts=kept, top_k=spec.top_k, valid_N=valid_N, **kwargs
+                hidden, rotary, mask, cache, slot, kept, spec.top_k, valid_N, **kwargs
             )
-            routing.append(decision)
-            if audio_index_S is not None and self.audio is not None and layer_id in heads:
+            if decision is not None:
+                routing[layer_id] = decision
+            if layer_id in heads and audio_index_S is not None:
                 hidden, logits = self._audio_level(hidden, heads[layer_id], audio_index_S, next_codes)
                 audio_logits.append(logits)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             hidden = hidden + self._touch_unused(hidden, rotary, spec)
-        return StackOutput(self.norm(hidden), routing, spec.layers, audio_logits)
+        return StackOutput(self.norm(hidden), list(routing.values()), tuple(routing), audio_logits)
 
     def _touch_unused(
         self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], spec: SubModelSpec
@@ -277,30 +309,8 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
             flat = flat.index_add(0, index_S, self.audio.embed_level(codes_S, level).to(flat.dtype))
         return flat.view_as(hidden), logits
 
-    def embed_batch(self, batch: PackedBatch) -> torch.Tensor:
-        """Every input of a packed batch as [B, T, H]. Each table is used even when it has no row in this batch, so
-        that every parameter gets a (zero) gradient on every rank and step."""
-        shape_BT = batch.text_ids_BT.shape
-        ids_N = batch.text_ids_BT.reshape(-1)
-        text_N = (ids_N >= 0).nonzero()[:, 0]
-        embedded = self.embed_tokens(ids_N[text_N])
-        flat = embedded.new_zeros(ids_N.shape[0], embedded.shape[-1]).index_add(0, text_N, embedded)
-        if self.visual is not None:
-            visual = self.visual(batch.visual_inputs_ND, batch.visual_scale_N)
-            flat = flat.index_add(0, batch.visual_index_N, visual)
-        if self.audio is not None:
-            codes_NQ = batch.audio_codes_BTQ.flatten(0, 1)
-            audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
-            flat = flat.index_add(0, audio_N, self.audio.embed_steps(codes_NQ[audio_N]))
-        if self.understanding is not None:
-            items, zero = self.understanding([(media.pixels_GFHW3, media.features_GFhwD) for media in batch.media])
-            flat = flat + zero
-            for media, tokens in zip(batch.media, items, strict=True):
-                flat = flat.index_add(0, media.position_GM.reshape(-1), tokens.flatten(0, 1))
-        return flat.view(*shape_BT, -1)
 
-
-class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
+class ErnieElasticForCausalLM(PackedEntry, MultimodalGeneration, ErnieElasticPreTrainedModel, GenerationMixin):
     """The model with its text head (and, inside `model`, the heads of the other modalities)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - Transformers' form
@@ -323,9 +333,17 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         submodel: SubModelSpec | None = None,
+        packed: PackedBatch | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Text entry, as every Transformers causal model: logits [B, T, vocab]; labels int64 [B, T] give the loss."""
+        """Text entry, as every Transformers causal model: logits [B, T, vocab]; labels int64 [B, T] give the loss.
+
+        packed: prompts of every modality as the processor gives them, instead of ids, positions and masks.
+        """
+        if packed is not None:
+            inputs_embeds, input_ids = embed_batch(self.model, packed), None
+            position_ids = packed.position_BT3
+            attention_mask = SequenceMask(Places.of(packed), self.config.video_window).dense()
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -341,6 +359,8 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            if output.router_loss is not None:
+                loss = loss + output.router_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -348,41 +368,4 @@ class ErnieElasticForCausalLM(ErnieElasticPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             router_logits=output.router_logits,
-        )
-
-    def forward_packed(
-        self, batch: PackedBatch, submodel: SubModelSpec | None = None, next_codes: torch.Tensor | None = None
-    ) -> PackedOutput:
-        """All modalities, teacher-forced: logits at every target of `batch`.
-
-        next_codes int64 [B, T, Q] replaces the batch's own codes as feedback (default: the true codes).
-        """
-        model = self.model
-        hidden = model.embed_batch(batch)
-        codes_BTQ = batch.next_codes_BTQ if next_codes is None else next_codes
-        audio_index_S: torch.Tensor = (batch.next_codes_BTQ[..., :1].reshape(-1) >= 0).nonzero()[:, 0]
-        stack = model.run_stack(
-            hidden,
-            batch.position_BT3,
-            dense_mask(batch.document_BT, batch.group_BT),
-            submodel=submodel,
-            next_codes=codes_BTQ.flatten(0, 1)[audio_index_S],
-            audio_index_S=audio_index_S,
-            valid_N=batch.document_BT.reshape(-1) >= 0,
-            is_causal=False,
-        )
-        flat = stack.hidden.reshape(-1, stack.hidden.shape[-1])
-        text_index_N = (batch.text_targets_BT.reshape(-1) >= 0).nonzero()[:, 0]
-        bit_logits = (
-            model.visual.bit_head(flat[batch.bit_index_N]) if model.visual is not None else flat.new_zeros(0, 0)
-        )
-        return PackedOutput(
-            self.lm_head(flat[text_index_N]),
-            text_index_N,
-            stack.audio_logits,
-            audio_index_S,
-            bit_logits,
-            stack.hidden,
-            stack.routing,
-            stack.layers,
         )

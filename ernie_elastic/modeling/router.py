@@ -56,9 +56,27 @@ def count_routing(
     ours: logits are never stored.
     """
     with torch.no_grad():
-        ids, weights = ids_NK.detach(), weights_NK.detach().float()
-        if valid_N is not None:
-            ids, weights = ids[valid_N], weights[valid_N]
-        counts_E = torch.bincount(ids.reshape(-1), minlength=num_experts)
-        mass_E = torch.bincount(ids.reshape(-1), weights.reshape(-1), minlength=num_experts).float()
+        ids, weights_NK_ = ids_NK.detach().reshape(-1), weights_NK.detach().float()
+        ones_NK = torch.ones_like(weights_NK_, dtype=torch.int64)
+        if valid_N is not None:  # by weight, not by indexing: shapes that depend on data would break a compiled graph
+            ones_NK = ones_NK * valid_N[:, None]
+            weights_NK_ = weights_NK_ * valid_N[:, None]
+        counts_E = ones_NK.new_zeros(num_experts).scatter_add(0, ids, ones_NK.reshape(-1))
+        mass_E = weights_NK_.new_zeros(num_experts).scatter_add(0, ids, weights_NK_.reshape(-1))
     return RouterOutput(weights_NK, ids_NK, counts_E, mass_E)
+
+
+def z_loss(logits_NE: torch.Tensor, valid_N: torch.Tensor | None) -> torch.Tensor:
+    """Mean over valid positions of logsumexp(logits)^2: keeps router logits small. peer: ERNIE 4.5."""
+    squared_N = logits_NE.logsumexp(-1).square()
+    if valid_N is None:
+        return squared_N.mean()
+    return (squared_N * valid_N).sum() / valid_N.sum().clamp(min=1)
+
+
+def orthogonal_loss(weight_EH: torch.Tensor) -> torch.Tensor:
+    """Mean squared cosine between the router rows of different experts. peer: ERNIE 4.5 (idea; the form is ours)."""
+    rows_EH = F.normalize(weight_EH.float(), dim=-1)
+    cosine_EE = rows_EH @ rows_EH.T
+    others = max(1, len(rows_EH) * (len(rows_EH) - 1))
+    return (cosine_EE.square().sum() - cosine_EE.diagonal().square().sum()) / others

@@ -12,7 +12,9 @@ from ernie_elastic.modeling.configuration import ErnieElasticConfig
 class ModelSizes:
     """Backbone and understanding sizes (ours throughout: the report discloses none but the ablation's).
 
-    rope_theta 1e6 is the paper's; a tiny head needs a smaller base for its few pairs to tell positions apart.
+    num_nextn_predict_layers 1 adds multi-token prediction; video_window limits how many frames a frame looks back; the
+    other switches are those of ErnieElasticConfig. rope_theta 1e6 is the paper's; a tiny head needs a smaller base for
+    its few pairs to tell positions apart.
     """
 
     hidden_size: int = 128
@@ -24,6 +26,16 @@ class ModelSizes:
     num_experts: int = 16
     num_experts_per_tok: int = 2
     router_scoring: str = "softmax"
+    num_shared_experts: int = 0
+    first_k_dense: int = 0
+    router_z_loss: float = 0.0
+    router_orthogonal_loss: float = 0.0
+    num_nextn_predict_layers: int = 0
+    qk_norm: bool = True
+    ss_scale: str = "first"
+    video_window: int = 0
+    audio_input: str = "codes"
+    speaker_embedding_size: int = 0
     rope_theta: float = 1_000_000.0
     mrope_layout: str = "sectioned"
     understanding_patch: int = 4
@@ -57,4 +69,5 @@ class ModelSizes:
             understanding_image_size=tokenizers.visual.config.image_size,
             audio_num_levels=tokenizers.audio.config.num_levels,
             audio_codebook_size=tokenizers.audio.config.codebook_size,
+            audio_feature_size=tokenizers.audio.config.num_components if self.audio_input == "continuous" else 0,
         )

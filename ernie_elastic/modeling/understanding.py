@@ -22,7 +22,7 @@ VIDEO_FRAMES_PER_TOKEN = 4  # paper: K = 16 for video, read as 2x2 places in 4 f
 
 
 class Block(nn.Module):
-    """Pre-norm bidirectional transformer block over [batch, length, D]."""
+    """Pre-norm transformer block over [batch, length, D], bidirectional unless a mask says otherwise."""
 
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -34,10 +34,11 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [batch, length, D] -> the same shape."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [batch, length, D], mask bool [length, length] or None (all see all) -> the same shape."""
         q, k, v = rearrange(self.qkv(self.attention_norm(x)), "n l (three a c) -> three n a l c", three=3, a=self.heads)
-        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n a l c -> n l (a c)"))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(rearrange(attended, "n a l c -> n l (a c)"))
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 

@@ -132,11 +132,18 @@ class AudioTokenizer(nn.Module):
     @torch.no_grad()
     def encode_batch(self, waves: Sequence[Wave]) -> list[torch.Tensor]:
         """`encode` of many waves of any lengths: a list of int64 [S, Q]."""
+        return [codes_SQ for codes_SQ, _ in self.encode_with_components(waves)]
+
+    @torch.no_grad()
+    def encode_with_components(self, waves: Sequence[Wave]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Codes int64 [S, Q] of each wave, and the components float32 [S, C] before quantisation."""
         if not waves:
             return []
         features = self.features(waves)
-        codes_SQ = rvq_encode(self.project(torch.cat(features)), self.codebooks_QVC)
-        return list(codes_SQ.split([len(steps) for steps in features]))
+        lengths = [len(steps) for steps in features]
+        components_SC = self.project(torch.cat(features))
+        codes_SQ = rvq_encode(components_SC, self.codebooks_QVC)
+        return list(zip(codes_SQ.split(lengths), components_SC.split(lengths), strict=True))
 
     @torch.no_grad()
     def decode(self, codes_SQ: torch.Tensor | np.ndarray) -> torch.Tensor:

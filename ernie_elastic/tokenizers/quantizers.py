@@ -27,6 +27,16 @@ class ScaleCodes:
     targets: list[torch.Tensor]
     total: torch.Tensor
 
+    def first_bits(self, active: int) -> ScaleCodes:
+        """The same codes with features of bits >= active at zero: what a model that runs on fewer bits reads.
+
+        paper: section 2.2 (from low-bit to high-bit tokenizers); ours: the low-bit code is the prefix of the full one,
+        so one projection serves all.
+        """
+        keep = (torch.arange(self.total.shape[-1], device=self.total.device) < active).to(self.total.dtype)
+        inputs = [None if feature is None else feature * keep for feature in self.inputs]
+        return ScaleCodes(inputs, self.targets, self.total * keep)
+
 
 @dataclass(frozen=True)
 class MultiScaleBits:

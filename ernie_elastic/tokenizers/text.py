@@ -1,27 +1,33 @@
-"""Text to ids and back: byte-level BPE of the `tokenizers` library, as a Transformers fast tokenizer for other tools.
+"""Text to ids and back: UTF-16BE byte-level BPE of the `tokenizers` library, and a Transformers tokenizer of it.
 
 Contract: `decode(encode(text)) == text` for every Unicode text, those that spell out a special token included: only
 code that asks for `special` ids can put one into a sequence. Ids 0..9 are the special tokens, then 256 bytes, then
-merges. Ids of equal texts and sizes are equal on every machine.
+tokens of whole code points, most frequent first. Ids of equal texts and sizes are equal on every machine.
 
-paper: section 2.1 has byte-level BPE (over UTF-16BE). ours: UTF-8, so that the saved `tokenizer.json` is one that
-every engine loads; the embedded world is ASCII, where UTF-16BE would double the bytes.
+paper: section 2.1, UTF-16BE before byte-level BPE, so that every code point falls back to two bytes (four for a
+surrogate pair) whatever its script, and BPE dropout in training. `text_bytes` has the bytes, `text_bpe` the merges.
+ours: `tokenizer.json` holds tokens as readable text, so that an engine without our code still reads and writes right
+all code points that have a token; only the others need the byte step of `TextTokenizer` and `hf`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import json
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
+from ernie_elastic.tokenizers.text_bpe import PATTERN, Dropout, Segmenter, learn
+from ernie_elastic.tokenizers.text_bytes import BYTE_SYMBOLS, ByteFallback, StreamDecoder, to_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from ernie_elastic.tokenizers.text_hf import ErnieElasticTokenizer
 
 SPECIAL_NAMES = ("pad", "bos", "eos", "boi", "eoi", "bov", "eov", "boa", "eoa", "next_frame")
 NUM_BYTES = 256
@@ -53,6 +59,9 @@ def special_text(name: str) -> str:
     return f"<|{name}|>"
 
 
+SPECIAL_TEXTS = tuple(special_text(name) for name in SPECIAL_NAMES)
+
+
 class TextTokenizer:
     """A byte-level BPE vocabulary. Make one with `train` or `load`."""
 
@@ -66,63 +75,111 @@ class TextTokenizer:
                 f"text tokenizer: {' '.join(missing)} missing from a vocabulary of {backend.get_vocab_size()}; "
                 "it was not made by train-tokenizer text"
             )
+        if any(backend.token_to_id(symbol) is None for symbol in BYTE_SYMBOLS):
+            raise CheckpointError(
+                f"text tokenizer: the vocabulary of {backend.get_vocab_size()} lacks UTF-16BE byte symbols; it is of "
+                "an older format (UTF-8): run train-tokenizer text again, and what was made from it"
+            )
         # Text that spells out a special token stays text.
         backend.encode_special_tokens = True
         self._backend = backend
+        self._fallback = ByteFallback(backend.get_vocab(with_added_tokens=False))
+        self._ids = backend.get_vocab(with_added_tokens=True)
+        by_id = sorted(self._ids, key=self._ids.__getitem__)
+        self._spellings = ["" if token in SPECIAL_TEXTS else token for token in by_id]
         self.special = SpecialTokens(**ids)
 
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-        """Learn merges from `texts`.
+    def train(texts: Iterable[str], vocab_size: int, segmenter: Segmenter | None = None) -> TextTokenizer:
+        """Learn tokens from `texts`, which are held in memory.
 
         vocab_size counts special tokens and bytes too; fewer ids result when the texts hold no more pairs to merge.
-        Raises ConfigError when vocab_size has no room for bytes and special tokens.
+        segmenter: cuts a run of Han, kana, Thai, Lao, Khmer or Myanmar into words, so that no token is a phrase of
+        several (paper: section 2.1); it is not needed afterwards. Raises ConfigError when vocab_size has no room for
+        bytes and special tokens, DataError for a lone surrogate or a segmenter that changes the text.
         """
         smallest = NUM_BYTES + len(SPECIAL_NAMES)
         if vocab_size < smallest:
             raise ConfigError(
                 f"text tokenizer: vocab_size {vocab_size} must be at least {smallest} (bytes and special tokens)"
             )
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[special_text(name) for name in SPECIAL_NAMES],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        backend.train_from_iterator((_checked(text) for text in texts), trainer)
+        nothing_known = ByteFallback(())
+        given = list(texts)
+        for text in given:
+            nothing_known.spell(text)  # raises for a lone surrogate
+        tokens, merges = learn(given, vocab_size - smallest, segmenter)
+        vocabulary = {token: index for index, token in enumerate([*SPECIAL_TEXTS, *BYTE_SYMBOLS, *tokens])}
+        backend = Tokenizer(models.BPE(vocabulary, merges))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens(list(SPECIAL_TEXTS))
         return TextTokenizer(backend)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        return len(self._spellings)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens. Raises DataError for a lone surrogate, which is not Unicode text."""
-        return list(self._backend.encode(_checked(text), add_special_tokens=False).ids)
+    def encode(self, text: str, *, dropout: float = 0.0, seed: int | None = None) -> list[int]:
+        """Ids of a text, without special tokens.
+
+        dropout: for training only (0.1 is usual), the share of merges left out, so that a model sees many
+        segmentations of the same word; the ids are a function of (text, dropout, seed) and decode to the same text.
+        Raises DataError for a lone surrogate, which is not Unicode text, ConfigError for a dropout outside 0..1 or
+        without a seed.
+        """
+        spelled = self._fallback.spell(text)
+        if dropout == 0:
+            return list(self._backend.encode(spelled, add_special_tokens=False).ids)
+        if not 0 < dropout <= 1 or seed is None:
+            raise ConfigError(
+                f"text tokenizer: dropout {dropout} with seed {seed}; dropout must lie in 0..1, and above 0 it needs "
+                "a seed, for example one made from the record's key"
+            )
+        rng = random.Random(seed)
+        words = self._backend.pre_tokenizer.pre_tokenize_str(spelled)
+        return [self._ids[part] for word, _ in words for part in self._dropout.segment(word, dropout, rng)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens are left out, bytes that are no UTF-8 become U+FFFD.
+        """The text of ids; special tokens are left out, bytes that are no UTF-16BE become U+FFFD.
 
         Raises DataError for an id outside the vocabulary.
         """
+        return to_text(self._spelled(ids))
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to push ids into as they are generated."""
+        return StreamDecoder(self._spelled)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as ids come, none empty; together they are `decode` of all ids. Raises as `decode` does."""
+        decoder = self.stream_decoder()
+        for index in ids:
+            if piece := decoder.push((index,)):
+                yield piece
+        if piece := decoder.finish():
+            yield piece
+
+    def _spelled(self, ids: Iterable[int]) -> str:
         plain = [int(index) for index in ids]
         wrong = [index for index in plain if not 0 <= index < self.vocab_size]
         if wrong:
             raise DataError(f"text tokenizer: id {wrong[0]} is outside the vocabulary 0..{self.vocab_size - 1}")
-        return str(self._backend.decode(plain, skip_special_tokens=True))
+        return "".join([self._spellings[index] for index in plain])
 
     @functools.cached_property
-    def hf(self) -> PreTrainedTokenizerFast:
+    def _dropout(self) -> Dropout:
+        return Dropout(json.loads(self._backend.to_str())["model"]["merges"])
+
+    @functools.cached_property
+    def hf(self) -> ErnieElasticTokenizer:
         """The same vocabulary as a Transformers tokenizer, for `save_pretrained`, lm-eval and other engines."""
-        from transformers import PreTrainedTokenizerFast  # takes seconds to import, and few callers need it
+        # Takes seconds to import, and few callers need it.
+        from ernie_elastic.tokenizers.text_hf import ErnieElasticTokenizer
 
         named = {f"{name}_token": special_text(name) for name in ("pad", "bos", "eos")}
         others = [special_text(name) for name in SPECIAL_NAMES[3:]]
-        return PreTrainedTokenizerFast(
+        return ErnieElasticTokenizer(
             tokenizer_object=self._backend,
             clean_up_tokenization_spaces=False,
             split_special_tokens=True,
@@ -148,14 +205,3 @@ class TextTokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise CheckpointError(f"{path} is damaged ({error}); run train-tokenizer text again") from error
         return TextTokenizer(backend)
-
-
-def _checked(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text tokenizer: character {error.start} of the text is the lone surrogate "
-            f"U+{ord(text[error.start]):04X}, which is not Unicode text; remove it"
-        ) from error
-    return text

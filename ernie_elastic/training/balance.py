@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ernie_elastic.modeling import ErnieElasticForCausalLM
+from ernie_elastic.modeling.router import ErnieElasticTopKRouter
 from ernie_elastic.schema import RouterOutput, SubModelSpec
 
 
@@ -40,11 +41,19 @@ class RoutingLedger:
 @torch.no_grad()
 def update_bias(model: ErnieElasticForCausalLM, counts_LE: torch.Tensor, spec: SubModelSpec, speed: float) -> None:
     """bias += speed * sign(mean load - load) for the experts that were eligible in the layers that ran."""
+    gates = routers(model)
     for layer, experts in zip(spec.layers, spec.experts_per_layer, strict=True):
+        if layer not in gates:
+            continue
         kept = torch.tensor(experts)
         load = counts_LE[layer, kept]
-        bias = model.model.layers[layer].mlp.gate.e_score_correction_bias
+        bias = gates[layer].e_score_correction_bias
         bias[kept.to(bias.device)] += (speed * torch.sign(load.mean() - load)).to(bias)
+
+
+def routers(model: ErnieElasticForCausalLM) -> dict[int, ErnieElasticTopKRouter]:
+    """The router of every layer that has one (dense layers have none)."""
+    return {i: layer.mlp.gate for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")}
 
 
 def load_max_over_mean(counts_LE: torch.Tensor, spec: SubModelSpec) -> list[float | None]:

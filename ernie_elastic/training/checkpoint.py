@@ -33,6 +33,7 @@ from ernie_elastic.stages import (
 )
 from ernie_elastic.training.balance import RoutingLedger
 from ernie_elastic.training.engine import Engine, barrier, rank
+from ernie_elastic.training.losses import LossBalance
 
 log = logging.getLogger(__name__)
 MODEL_STAGE = "pretrain"
@@ -66,7 +67,7 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     engine: Engine,
-    ledger: RoutingLedger,
+    state: tuple[RoutingLedger, LossBalance],
     tokenizers: Tokenizers | None,
     config: Any,
     keep: int,
@@ -84,7 +85,7 @@ def save_checkpoint(
         barrier()
         engine.save_state(temporary / "optimizer")
         if rank() == 0:
-            _write_rank0(temporary, step, engine, ledger, tokenizers, config)
+            _write_rank0(temporary, step, engine, state, tokenizers, config)
             publish_directory(temporary, final)
             write_atomic(root / "latest", f"step-{step}\n")
             _remove_old(root, keep)
@@ -99,11 +100,17 @@ def save_checkpoint(
 
 
 def _write_rank0(
-    temporary: Path, step: int, engine: Engine, ledger: RoutingLedger, tokenizers: Tokenizers | None, config: Any
+    temporary: Path,
+    step: int,
+    engine: Engine,
+    state: tuple[RoutingLedger, LossBalance],
+    tokenizers: Tokenizers | None,
+    config: Any,
 ) -> None:
+    ledger, balance = state
     optimizer = temporary / "optimizer"
     save_file({"mass_LE": ledger.mass_LE}, optimizer / LEDGER_FILE)
-    write_json(optimizer / STATE_FILE, {"step": step})
+    write_json(optimizer / STATE_FILE, {"step": step, "loss_ema": balance.ema})
     table = {
         str(file.relative_to(optimizer)): sha256_file(file) for file in sorted(optimizer.rglob("*")) if file.is_file()
     }
@@ -154,13 +161,15 @@ def checkpoint_problem(directory: Path) -> str | None:
     return None
 
 
-def load_checkpoint(directory: Path, engine: Engine, ledger: RoutingLedger) -> int:
-    """Load a checked checkpoint into the engine and the ledger; returns the number of finished steps."""
+def load_checkpoint(directory: Path, engine: Engine, ledger: RoutingLedger, balance: LossBalance) -> int:
+    """Load a checked checkpoint into the engine and the trainer's state; returns the number of finished steps."""
     import json
 
     engine.load_state(directory / "optimizer")
     ledger.mass_LE.copy_(load_file(directory / "optimizer" / LEDGER_FILE)["mass_LE"])
-    return int(json.loads((directory / "optimizer" / STATE_FILE).read_text())["step"])
+    state = json.loads((directory / "optimizer" / STATE_FILE).read_text())
+    balance.ema = {name: float(value) for name, value in state.get("loss_ema", {}).items()}
+    return int(state["step"])
 
 
 __all__ = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ernie_elastic.data.grouping import Flips
+from ernie_elastic.data.augmentation import Augmentation
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.training.losses import LossWeights
+from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
 
 
@@ -21,6 +21,10 @@ class TrainingConfig:
     ZeRO's other stages flatten what Muon needs whole. gradient_clip: 0 switches clipping off.
     bias_speed: step of the balance bias (paper: 1e-4; ours larger, since a demo has few steps). engine: "deepspeed", or
     "torch" for machines without it. zero_stage: 0, 1 or 2. checkpoint_every: steps, 0 = only at the end.
+    augmentation: history flips, dropped frames and conditions. bit_schedule: (share of the run, bits): from that share
+    on only so many visual bits are predicted; empty = all (paper: section 2.2, counts and switch points silent).
+    loss_weights times posterior: the weight of each modality's mean loss. sequence_parallel: ranks that share each
+    row, by attention heads (DeepSpeed-Ulysses); 1 = none.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
     limit). keep_checkpoints: older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
     """
@@ -37,12 +41,15 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     schedule: Schedule = field(default_factory=Schedule)
     loss_weights: LossWeights = field(default_factory=LossWeights)
-    flips: Flips = field(default_factory=Flips)
+    posterior: PosteriorWeights = field(default_factory=PosteriorWeights)
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(frame_drop=0.1, condition_dropout=0.1))
+    bit_schedule: tuple[tuple[float, int], ...] = ()
     bias_speed: float = 1e-3
     seed: int = 0
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
     gradient_checkpointing: bool = False
+    sequence_parallel: int = 1
     checkpoint_every: int = 0
     stop_after: int = 0
     keep_checkpoints: int = 2
@@ -61,6 +68,17 @@ class TrainingConfig:
                 f"training: zero_stage {self.zero_stage} is not one of 0, 1, 2; stage 3 wants the same module calls on "
                 "every rank, which packed multimodal rows do not give it yet"
             )
+        if self.sequence_parallel < 1 or (self.sequence_parallel > 1 and self.engine != "deepspeed"):
+            raise ConfigError(
+                f"training: sequence_parallel {self.sequence_parallel} must be at least 1, and above 1 it needs "
+                f"--training.engine deepspeed (it is {self.engine})"
+            )
+        shares = [share for share, _ in self.bit_schedule]
+        if shares != sorted(set(shares)) or any(not 0 <= share <= 1 or bits < 1 for share, bits in self.bit_schedule):
+            raise ConfigError(
+                f"training: bit_schedule {self.bit_schedule} must hold (share of the run in 0..1, bits above 0) with "
+                "growing shares"
+            )
         if self.learning_rate <= 0 or self.muon_learning_rate <= 0:
             raise ConfigError(
                 f"training: learning_rate {self.learning_rate} and muon_learning_rate {self.muon_learning_rate} must "
@@ -75,3 +93,8 @@ class TrainingConfig:
             )
         if self.engine not in ("deepspeed", "torch"):
             raise ConfigError(f"training: engine {self.engine!r} is not one of deepspeed, torch")
+
+    def active_bits(self, step: int) -> int | None:
+        """Visual bits in use at a step; None = all."""
+        reached = [bits for share, bits in self.bit_schedule if step >= share * self.steps]
+        return reached[-1] if reached else None

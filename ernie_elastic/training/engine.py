@@ -21,9 +21,10 @@ from torch import nn
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.losses import modality_sums
+from ernie_elastic.modeling.sequence_parallel import SequenceShard
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.losses import LossWeights, combine
+from ernie_elastic.training.losses import combine
 from ernie_elastic.training.muon import MuonAdamW, is_matrix_of_the_stack
 
 STATE_TAG = "state"
@@ -42,16 +43,20 @@ class MicroResult:
 class LossModule(nn.Module):
     """Model plus loss, as one module that an engine can wrap."""
 
-    def __init__(self, model: ErnieElasticForCausalLM, weights: LossWeights, world_size: int) -> None:
+    def __init__(self, model: ErnieElasticForCausalLM, world_size: int, shard: SequenceShard | None = None) -> None:
         super().__init__()
         self.model = model
-        self.weights, self.world_size = weights, world_size
+        self.world_size, self.shard = world_size, shard
 
-    def forward(self, batch: PackedBatch, spec: SubModelSpec) -> tuple[torch.Tensor, MicroResult]:
-        """The scalar loss to differentiate, and what to log; batch holds tensors [B, T]."""
-        output = self.model.forward_packed(batch, submodel=spec)
+    def forward(
+        self, batch: PackedBatch, spec: SubModelSpec, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, MicroResult]:
+        """The scalar loss to differentiate, and what to log; batch holds tensors [B, T], weights float32 [5]."""
+        output = self.model.forward_packed(batch, submodel=spec, shard=self.shard)
         sums, counts = modality_sums(output, batch)
-        loss, sums, counts = combine(sums, counts, self.weights, all_reduce_sum, self.world_size)
+        loss, sums, counts = combine(sums, counts, weights, all_reduce_sum, self.world_size)
+        if output.router_loss is not None:
+            loss = loss + output.router_loss
         return loss, MicroResult(sums, counts, output.routing, output.layers)
 
 
@@ -123,14 +128,18 @@ def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
 
 def deepspeed_config(training: TrainingConfig, ranks: int) -> dict[str, Any]:
     """DeepSpeed's JSON for a run; a pure function. Clipping is always named, since its default is not 0."""
-    micro_rows = training.rows_per_step // (ranks * training.micro_batches)
-    if micro_rows < 1 or micro_rows * ranks * training.micro_batches != training.rows_per_step:
+    groups = ranks // training.sequence_parallel
+    if groups * training.sequence_parallel != ranks:
+        raise ConfigError(f"training: {ranks} ranks are no multiple of sequence_parallel {training.sequence_parallel}")
+    micro_rows = training.rows_per_step // (groups * training.micro_batches)
+    if micro_rows < 1 or micro_rows * groups * training.micro_batches != training.rows_per_step:
         raise ConfigError(
-            f"training: rows_per_step {training.rows_per_step} is no multiple of {ranks} ranks x "
+            f"training: rows_per_step {training.rows_per_step} is no multiple of {groups} ranks that read data x "
             f"{training.micro_batches} micro-batches; change --training.rows-per-step"
         )
     return {
-        "train_batch_size": training.rows_per_step,
+        # DeepSpeed counts every rank; the ranks of a sequence group share their rows.
+        "train_batch_size": micro_rows * training.micro_batches * ranks,
         "train_micro_batch_size_per_gpu": micro_rows,
         "gradient_accumulation_steps": training.micro_batches,
         "gradient_clipping": training.gradient_clip,
@@ -153,8 +162,13 @@ class Engine(ABC):
     device: torch.device
 
     @abstractmethod
-    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
-        """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping."""
+    def train_step(
+        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+    ) -> tuple[list[MicroResult], float]:
+        """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping.
+
+        weights float32 [5]: of the losses, in the order of LOSSES (default: the configuration's fixed ones).
+        """
 
     @abstractmethod
     def save_state(self, directory: Path) -> None:
@@ -177,14 +191,17 @@ class TorchEngine(Engine):
         self.device = _device()
         self.model = model.train()
         nn.Module.to(self.model, self.device)
-        self.module = LossModule(self.model, training.loss_weights, ranks)
+        self.module = LossModule(self.model, ranks)
         self.training, self.ranks = training, ranks
         self.optimizer = make_optimizer(model, training)
 
-    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
+    def train_step(
+        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+    ) -> tuple[list[MicroResult], float]:
         results = []
+        weights = self.training.loss_weights.vector() if weights is None else weights
         for batch in batches:
-            loss, result = self.module(batch.to(self.device), spec)
+            loss, result = self.module(batch.to(self.device), spec, weights)
             (loss / len(batches)).backward()
             results.append(result)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -231,18 +248,21 @@ class DeepSpeedEngine(Engine):
             deepspeed.init_distributed(
                 dist_backend=backend, timeout=timedelta(seconds=training.step_limit_s), verbose=False
             )
-        module = LossModule(model, training.loss_weights, ranks)
+        module = LossModule(model, ranks, sequence_shard(training.sequence_parallel))
         optimizer = make_optimizer(model, training)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.engine.train()
-        self.device, self.model = self.engine.device, model
+        self.device, self.model, self.training = self.engine.device, model, training
 
-    def train_step(self, batches: list[PackedBatch], spec: SubModelSpec, lr: float) -> tuple[list[MicroResult], float]:
+    def train_step(
+        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+    ) -> tuple[list[MicroResult], float]:
         results = []
+        weights = self.training.loss_weights.vector() if weights is None else weights
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         norm = 0.0
         for number, batch in enumerate(batches, start=1):
-            loss, result = self.engine(batch.to(self.device), spec)
+            loss, result = self.engine(batch.to(self.device), spec, weights)
             self.engine.backward(loss)
             if number == len(batches) and not self.engine.zero_optimization():
                 # Stage 0 clips in step() and keeps no norm; its gradients are averaged over the ranks by now.
@@ -261,6 +281,22 @@ class DeepSpeedEngine(Engine):
         path, _ = self.engine.load_checkpoint(str(directory), tag=STATE_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed could not read {directory / STATE_TAG}; resume from another step")
+
+
+def sequence_shard(size: int) -> SequenceShard | None:
+    """This rank's place in its group of `size` neighbouring ranks, exchanging through DeepSpeed-Ulysses' all-to-all;
+    None for a size of 1. Every rank makes every group, as torch.distributed wants it."""
+    if size == 1:
+        return None
+    from deepspeed.sequence.layer import _SeqAllToAll
+
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size(), size)]
+    group = groups[rank() // size]
+
+    def all_to_all(x: torch.Tensor, scatter: int, gather: int) -> torch.Tensor:
+        return _SeqAllToAll.apply(group, x, scatter, gather, 0)
+
+    return SequenceShard(rank() % size, size, all_to_all)
 
 
 def make_engine(model: ErnieElasticForCausalLM, training: TrainingConfig) -> Engine:

@@ -19,10 +19,10 @@ from ernie_elastic.elastic.space import ElasticConfig, check_space
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.losses import MODALITIES
+from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_jsonable, write_json
-from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
+from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, routers, update_bias
 from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import (
@@ -36,6 +36,7 @@ from ernie_elastic.training.engine import (
     shut_down,
     world_size,
 )
+from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -140,11 +141,12 @@ class _Run:
         self.tokenizers, self.packed_dir, self.resolved = tokenizers, packed_dir, resolved
         self.config = engine.model.config
         self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
+        self.balance = LossBalance(training.loss_weights, training.posterior)
 
     def train(self, packed_config: dict[str, Any]) -> Path:
         start, checkpoint = 0, latest_checkpoint(self.run_dir)
         if checkpoint is not None:
-            start = load_checkpoint(checkpoint, self.engine, self.ledger)
+            start = load_checkpoint(checkpoint, self.engine, self.ledger, self.balance)
             say(f"pretrain: going on from {checkpoint}")
         if start >= self.training.steps and checkpoint is not None:
             say(f"pretrain: {checkpoint} has all {self.training.steps} steps; nothing to do")
@@ -156,10 +158,11 @@ class _Run:
             self.training.rows_per_step,
             int(packed_config["row_length"]),
             self.training.seed,
-            self.training.flips,
-            rank(),
-            world_size(),
+            self.training.augmentation,
+            rank() // self.training.sequence_parallel,
+            world_size() // self.training.sequence_parallel,
             self.training.micro_batches,
+            self.training.active_bits,
         )
         writer = self._writer(start)
         stop = self.training.steps
@@ -190,8 +193,15 @@ class _Run:
         return MetricsWriter(self.run_dir / "metrics.jsonl", start, self.training.wandb, self.run_dir.name)
 
     def _save(self, step: int) -> Path:
+        self.config.visual_active_bits = self.training.active_bits(step - 1)
         return save_checkpoint(
-            self.run_dir, step, self.engine, self.ledger, self.tokenizers, self.resolved, self.training.keep_checkpoints
+            self.run_dir,
+            step,
+            self.engine,
+            (self.ledger, self.balance),
+            self.tokenizers,
+            self.resolved,
+            self.training.keep_checkpoints,
         )
 
     def step(self, step: int, batches: list[Any]) -> dict[str, Any]:
@@ -199,13 +209,19 @@ class _Run:
         begun = time.perf_counter()
         spec = sample_spec(self.elastic, self.config, self.training.seed, step, self.training.steps)
         lr = self.training.learning_rate * self.training.schedule.factor(step, self.training.steps)
-        results, norm = self.engine.train_step(batches, spec, lr)
+        weights = self.balance.vector()
+        results, norm = self.engine.train_step(batches, spec, lr, weights)
         for result in results:
             self.ledger.add(result.routing, result.layers)
         counts = self.ledger.finish_step(all_reduce_sum, spec == self.config.full_spec())
         update_bias(self.engine.model, counts, spec, self.training.bias_speed)
-        positions = all_reduce_sum(torch.tensor(float(sum(batch.num_positions for batch in batches))))
-        return self._record(step, spec, lr, norm, results, counts, float(positions), time.perf_counter() - begun)
+        here = sum(batch.num_positions for batch in batches) / self.training.sequence_parallel
+        positions = all_reduce_sum(torch.tensor(float(here)))
+        losses = _mean_losses(results)
+        self.balance.observe(losses)
+        record = self._record(step, spec, lr, norm, counts, float(positions), time.perf_counter() - begun)
+        weighted = {name: losses[name] * float(weights[i]) for i, name in enumerate(LOSSES) if name in losses}
+        return {"step": step, "loss": sum(weighted.values()), "losses": losses, "weighted_losses": weighted, **record}
 
     def _record(
         self,
@@ -213,20 +229,12 @@ class _Run:
         spec: SubModelSpec,
         lr: float,
         norm: float,
-        results: list[MicroResult],
         counts: torch.Tensor,
         positions: float,
         seconds: float,
     ) -> dict[str, Any]:
-        sums = torch.stack([result.sums for result in results]).sum(0)
-        weights = torch.stack([result.counts for result in results]).sum(0)
-        losses = {name: float(sums[i] / weights[i]) for i, name in enumerate(MODALITIES) if float(weights[i]) > 0}
-        total = sum(value * getattr(self.training.loss_weights, name) for name, value in losses.items())
-        bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in self.engine.model.model.layers])
+        bias = torch.stack([gate.e_score_correction_bias for gate in routers(self.engine.model).values()])
         return {
-            "step": step,
-            "loss": total,
-            "losses": losses,
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_s": positions / seconds,
@@ -261,6 +269,13 @@ class _Run:
                 else "off"
             )
         )
+
+
+def _mean_losses(results: list[MicroResult]) -> dict[str, float]:
+    """Mean loss of each kind that had targets, over all ranks and micro-batches."""
+    sums = torch.stack([result.sums for result in results]).sum(0)
+    counts = torch.stack([result.counts for result in results]).sum(0)
+    return {name: float(sums[i] / counts[i]) for i, name in enumerate(LOSSES) if float(counts[i]) > 0}
 
 
 def _short(record: dict[str, Any]) -> str:

@@ -18,10 +18,11 @@ from ernie_elastic.tokenizers.text import NUM_BYTES, SPECIAL_NAMES, TextTokenize
 class TextTrainingConfig:
     """Size of the text tokenizer.
 
-    vocab_size: ids at most, special tokens and bytes included; fewer when the texts hold no more pairs to merge.
+    vocab_size: ids at most, special tokens and bytes included; fewer when the texts hold no more pairs to merge. ours:
+    the embedded world's words are whole at 563; 544 costs 1 % more tokens.
     """
 
-    vocab_size: int = 512
+    vocab_size: int = 544
 
     def __post_init__(self) -> None:
         if self.vocab_size < NUM_BYTES + len(SPECIAL_NAMES):

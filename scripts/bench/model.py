@@ -20,6 +20,7 @@ from ernie_elastic.data.packing import collate
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
+from ernie_elastic.modeling.generation_visual import decode_visual
 
 PEERS = ("transformers_grouped", "transformers_loop", "recompute")
 SIZES: dict[str, Any] = {
@@ -81,7 +82,7 @@ def decoding_row(quick: bool) -> Row:
     def cached(_: int) -> None:
         decoder = GroupDecoder(model, layout, sampling=Sampling())
         decoder.prefill([prompt])
-        decoder.decode_visual(video=False)
+        decode_visual(decoder, video=False)
 
     @torch.inference_mode()
     def recompute(_: int) -> None:

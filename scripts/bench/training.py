@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from bench.common import Row, interleave
-from ernie_elastic.data.grouping import Document, Layout, build_document
+from ernie_elastic.data.grouping import build_document
+from ernie_elastic.data.layout import Document, Layout
 from ernie_elastic.data.packing import collate, pack_lengths
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.elastic.sampler import sample_spec

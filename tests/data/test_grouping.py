@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_elastic.data.grouping import Flips, build_document, document_length, scale_positions
+from ernie_elastic.data.augmentation import Augmentation, Flips
+from ernie_elastic.data.grouping import build_document
+from ernie_elastic.data.layout import document_length, scale_positions
 from ernie_elastic.data.loader import PackedLoader
 from ernie_elastic.data.packing import collate, pack_lengths, packing_efficiency
 from ernie_elastic.data.shards import ROWS_FILE, PackedCorpus, write_rows, write_shard
@@ -76,10 +78,10 @@ def test_scales_are_centred_on_the_frame():
 def test_flips_change_later_targets_and_no_flips_change_nothing():
     parts = random_parts("text_to_image", 1, CONFIG)
     plain = build_document(parts, LAYOUT)
-    none = build_document(parts, LAYOUT, Flips(0.0), torch.Generator().manual_seed(0))
+    none = build_document(parts, LAYOUT, Augmentation(Flips(0.0)), torch.Generator().manual_seed(0))
     assert torch.equal(plain.bit_targets, none.bit_targets) and torch.equal(plain.visual_inputs, none.visual_inputs)
-    flipped = build_document(parts, LAYOUT, Flips(0.9), torch.Generator().manual_seed(0))
-    again = build_document(parts, LAYOUT, Flips(0.9), torch.Generator().manual_seed(0))
+    flipped = build_document(parts, LAYOUT, Augmentation(Flips(0.5)), torch.Generator().manual_seed(0))
+    again = build_document(parts, LAYOUT, Augmentation(Flips(0.5)), torch.Generator().manual_seed(0))
     assert torch.equal(flipped.bit_targets, again.bit_targets)
     assert torch.equal(flipped.bit_targets[:1], plain.bit_targets[:1]), "the first scale has no history"
     assert not torch.equal(flipped.bit_targets[1:], plain.bit_targets[1:])
@@ -112,7 +114,7 @@ def test_shards_give_back_every_segment(tmp_path):
             assert np.array_equal(ours.array(), theirs.array())
     with pytest.raises(DataError, match="holds no packed shards"):
         PackedCorpus(tmp_path / "nowhere")
-    loader = PackedLoader(corpus, LAYOUT, 2, 512, seed=5, flips=Flips(0.2))
+    loader = PackedLoader(corpus, LAYOUT, 2, 512, seed=5, augmentation=Augmentation(Flips(0.2)))
     first, second = loader.step(3)[0], loader.step(3)[0]
     for item in dataclasses.fields(first):
         ours, theirs = getattr(first, item.name), getattr(second, item.name)

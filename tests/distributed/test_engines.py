@@ -61,6 +61,11 @@ def test_deepspeed_on_two_ranks_equals_torch_on_one(stage, single, tmp_path):
 
 
 @pytest.mark.distributed
+def test_two_ranks_that_share_each_sequence_equal_one(single, tmp_path):
+    close(run(tmp_path, 2, "deepspeed", "1", str(STEPS), "adamw", "2"), single)
+
+
+@pytest.mark.distributed
 def test_muon_on_two_ranks_equals_one(tmp_path):
     single = run(tmp_path, 1, "torch", "0", str(STEPS), "muon")
     close(run(tmp_path, 2, "deepspeed", "0", str(STEPS), "muon"), single)

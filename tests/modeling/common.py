@@ -8,6 +8,17 @@ import torch
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 
+# Every option that adds positions, inputs, parameters or rules.
+RICH: dict[str, object] = {
+    "num_shared_experts": 1,
+    "first_k_dense": 1,
+    "ss_scale": "full",
+    "video_window": 1,
+    "speaker_embedding_size": 6,
+    "audio_input": "continuous",
+    "audio_feature_size": 9,
+    "num_nextn_predict_layers": 1,
+}
 SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
 
 
@@ -40,7 +51,7 @@ def tiny_config(**changes: object) -> ErnieElasticConfig:
 def tiny_model(seed: int = 0, **changes: object) -> ErnieElasticForCausalLM:
     torch.manual_seed(seed)
     model = ErnieElasticForCausalLM(tiny_config(**changes)).eval()
-    for layer in model.model.layers:
+    for layer in model.model.layers[model.config.first_k_dense :]:
         layer.mlp.gate.e_score_correction_bias.normal_(0, 0.05)
     return model
 
@@ -50,7 +61,10 @@ def random_tokens(kind: str, role: str, rng: np.random.Generator, config: ErnieE
         return Tokens("text", role, ids=rng.integers(10, config.vocab_size, rng.integers(1, 6)).astype(np.int32))
     if kind == "audio":
         shape = (int(rng.integers(1, 5)), config.audio_num_levels)
-        return Tokens("audio", role, codes=rng.integers(0, config.audio_codebook_size, shape).astype(np.int16))
+        codes = rng.integers(0, config.audio_codebook_size, shape).astype(np.int16)
+        features = rng.normal(size=(len(codes), config.audio_feature_size)) if config.audio_feature_size else None
+        speaker = rng.normal(size=config.speaker_embedding_size) if config.speaker_embedding_size else None
+        return Tokens("audio", role, codes=codes, features=features, speaker=speaker)
     size = config.understanding_image_size
     if role == "input":
         frames = 1 if kind == "image" else 4

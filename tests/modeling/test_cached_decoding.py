@@ -11,19 +11,25 @@ from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.packing import collate
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
+from ernie_elastic.modeling.generation_audio import decode_audio
+from ernie_elastic.modeling.generation_text import decode_text
+from ernie_elastic.modeling.generation_visual import decode_visual
+from ernie_elastic.modeling.inputs import embed_batch
+from ernie_elastic.modeling.masks import Places, cached_mask
 from ernie_elastic.schema import SubModelSpec
-from tests.modeling.common import DOCUMENTS, random_parts, tiny_model
+from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model
 
 TOLERANCE = 1e-5
+MODELS = {"plain": {}, "rich": RICH}
 SPECS = {"full": None, "cut": SubModelSpec((1, 3, 4, 5), ((0, 2, 5), (1, 2, 3, 4), (0, 1), (0, 1, 2, 3, 4, 5)), 1)}
 
 
 def replay_cached(model, document, submodel):
     """Feed the groups of one document one by one through the cache; logits of every position and audio level."""
     batch = collate([[document]])
-    embedded = model.model.embed_batch(batch)
+    embedded = embed_batch(model.model, batch)
     cache, hidden, audio = DynamicCache(config=model.config), [], [[] for _ in range(model.config.audio_num_levels)]
-    groups = document.group.tolist()
+    groups, places = document.group.tolist(), Places.of(batch)
     start = 0
     while start < len(groups):
         end = start + groups[start:].count(groups[start])
@@ -32,7 +38,11 @@ def replay_cached(model, document, submodel):
         out = model.model.run_stack(
             embedded[:, start:end],
             batch.position_BT3[:, start:end],
-            None,
+            cached_mask(
+                places.map(lambda part, a=start, b=end: part[:, a:b]),
+                places.map(lambda part, b=end: part[:, :b]),
+                model.config.video_window,
+            ),
             cache,
             submodel,
             next_codes=codes[index],
@@ -48,9 +58,10 @@ def replay_cached(model, document, submodel):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_cached_groups_equal_teacher_forcing(name, spec):
-    model = tiny_model()
+def test_cached_groups_equal_teacher_forcing(name, spec, options):
+    model = tiny_model(**options)
     document = build_document(random_parts(name, 3, model.config), layout_of(model.config))
     packed = model.forward_packed(collate([[document]]), submodel=spec)
     hidden, audio = replay_cached(model, document, spec)
@@ -106,7 +117,7 @@ def test_generated_text_equals_teacher_forcing():
     parts, prompts = prompts_of(model, None)
     decoder = Recorder(model, layout_of(model.config), sampling=Sampling(max_new_tokens=5))
     decoder.prefill(prompts)
-    for row, ids in enumerate(decoder.decode_text()):
+    for row, ids in enumerate(decode_text(decoder)):
         whole = [*parts[row], Tokens("text", "target", ids=np.array(ids, dtype=np.int32))]
         packed = model.forward_packed(collate([[build_document(whole, layout_of(model.config))]]))
         for step in range(len(ids)):
@@ -120,7 +131,7 @@ def test_generated_pictures_equal_teacher_forcing(kind):
     parts, prompts = prompts_of(model, layout.bov if kind == "video" else layout.boi)
     decoder = Recorder(model, layout, sampling=Sampling(max_frames=3))
     decoder.prefill(prompts)
-    totals = decoder.decode_visual(kind == "video")
+    totals = decode_visual(decoder, kind == "video")
     scales = len(layout.quantizer.scales)
     for row, total in enumerate(totals):
         frames = len(total)
@@ -146,7 +157,7 @@ def test_generated_audio_equals_teacher_forcing_and_runs_each_layer_once():
     hooks = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(model.model.layers)]
     decoder = Recorder(model, layout, sampling=Sampling(max_audio_steps=4))
     decoder.prefill(prompts)
-    codes = decoder.decode_audio()
+    codes = decode_audio(decoder)
     for hook in hooks:
         hook.remove()
     steps = len(decoder.kept) // model.config.audio_num_levels

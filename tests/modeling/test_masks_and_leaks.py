@@ -2,62 +2,143 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ernie_elastic.data.augmentation import Augmentation, Flips
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.packing import collate
+from ernie_elastic.modeling.blocks import shift_left
 from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.masks import cached_mask, dense_mask, flex_mask_mod
+from ernie_elastic.modeling.inputs import embed_batch
+from ernie_elastic.modeling.masks import Places, SequenceMask, cached_mask, column_bounds, flex_mask_mod
 from ernie_elastic.modeling.positions import apply_rotary, axis_of_pair
-from tests.modeling.common import DOCUMENTS, random_parts, tiny_model
+from tests.modeling.common import DOCUMENTS, random_parts, random_tokens, tiny_config, tiny_model
 
 
-def test_dense_flex_and_cached_masks_agree():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        length = int(rng.integers(5, 40))
-        document = torch.from_numpy(np.sort(rng.integers(0, 3, (2, length)), axis=1))
-        group = torch.from_numpy(np.cumsum(rng.integers(0, 2, (2, length)), axis=1))
-        dense = dense_mask(document, group)[:, 0]
-        mod = flex_mask_mod(document, group)
-        index = torch.arange(length)
-        for row in range(2):
-            flex = mod(torch.tensor(row), torch.tensor(0), index[:, None], index[None, :])
-            assert torch.equal(flex, dense[row])
-            for position in range(length):  # the cache holds this document's groups up to the position's own
-                seen = (document[row] == document[row, position]) & (group[row] <= group[row, position])
-                assert torch.equal(dense[row, position], seen)
-    valid = torch.tensor([[False, True, True], [True, True, True]])
-    assert cached_mask(valid, 2).tolist() == [[[[False, True, True]] * 2], [[[True, True, True]] * 2]]
-    assert cached_mask(valid[1:], 2) is None
+@st.composite
+def packs(draw):
+    """Documents of random segments: names of kinds and roles, a seed, a window and a share of dropped frames."""
+    segment = st.tuples(st.sampled_from(["text", "image", "video", "audio"]), st.sampled_from(["input", "target"]))
+    documents = draw(st.lists(st.lists(segment, min_size=0, max_size=4), min_size=1, max_size=4))
+    return documents, draw(st.integers(0, 10**6)), draw(st.integers(0, 2)), draw(st.sampled_from([0.0, 0.5, 1.0]))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_no_gradient_from_a_later_group_or_another_document(seed, stress):
-    model = tiny_model(num_hidden_layers=6)
+def batch_of(pack, config, layout):
+    documents, seed, _, drop = pack
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    augmentation = Augmentation(Flips(0.3), frame_drop=drop, condition_dropout=0.3)
+    return collate(
+        [
+            [
+                build_document([random_tokens(*part, rng, config) for part in parts], layout, augmentation, generator)
+                for parts in documents
+            ]
+        ]
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(packs())
+def test_dense_flex_bounds_and_cached_masks_agree(pack):
+    config = tiny_config(ss_scale="full" if pack[1] % 2 else "first")
+    places, window = Places.of(batch_of(pack, config, layout_of(config))), pack[2]
+    dense = SequenceMask(places, window).dense()[0, 0]
+    length, index = len(dense), torch.arange(len(dense))
+    mod = flex_mask_mod(places, window)
+    assert torch.equal(mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None, :]), dense)
+    first, hole_start, hole_end, last = column_bounds(places, window)[0].long().unbind(-1)
+    row = index[:, None]
+    bounded = (row >= first) & (row < last) & ~((row >= hole_start) & (row < hole_end))
+    assert torch.equal(bounded, dense)
+    for start in range(0, length, 7):  # blocks of queries over the columns that they may see
+        rows = slice(start, min(start + 7, length))
+        columns = SequenceMask(places, window).columns_of(rows)
+        assert torch.equal(SequenceMask(places, window).dense(rows, columns)[0, 0], dense[rows, columns])
+        outside = torch.ones(length, dtype=torch.bool)
+        outside[columns] = False
+        assert not dense[rows][:, outside].any()
+    group, document = places.group[0].tolist(), places.document[0].tolist()
+    starts = [i for i in range(length) if i == 0 or (group[i], document[i]) != (group[i - 1], document[i - 1])]
+    for start, stop in zip(starts, [*starts[1:], length], strict=True):  # group by group, as a cache grows
+        new = places.map(lambda part, a=start, b=stop: part[:, a:b])
+        keys = places.map(lambda part, b=stop: part[:, :b])
+        assert torch.equal(cached_mask(new, keys, window)[0, 0], dense[start:stop, :stop])
+
+
+def test_windows_and_dropped_frames_hide_history_and_nothing_else():
+    config = tiny_config()
+    clip = random_tokens("video", "target", np.random.default_rng(3), config)
+    clip = dataclasses.replace(clip, latents=np.concatenate([clip.latents] * 2)[:4])
+    text = random_tokens("text", "target", np.random.default_rng(4), config)
+    batch = collate([[build_document([text, clip, text, clip], layout_of(config))]])
+    places = Places.of(batch)
+    frame, clips = places.frame[0], places.clip[0]
+    dropped = places.dropped.clone()
+    dropped[0, (clips == 0) & (frame == 1)] = True
+    plain = SequenceMask(places).dense()[0, 0]
+    hidden = plain & ~SequenceMask(dataclasses.replace(places, dropped=dropped)).dense()[0, 0]
+    far = plain & ~SequenceMask(places, window=1).dense()[0, 0]
+    assert hidden.any() and far.any()
+    query, key = hidden.nonzero().unbind(-1)
+    assert (clips[query] == 0).all() and (clips[key] == 0).all() and (frame[key] == 1).all()
+    assert (frame[query] > 1).all() and set(frame[query].tolist()) == {2, 3, 4}
+    query, key = far.nonzero().unbind(-1)
+    assert (clips[query] == clips[key]).all() and (frame[query] - frame[key] > 1).all()
+    after = (clips < 0) & (places.group[0] > places.group[0][clips == 0].max())
+    assert plain[after][:, clips == 0].all(), "what follows a clip sees all of it"
+
+
+LEAK_MODELS = {
+    scale: tiny_model(num_hidden_layers=2, audio_num_levels=1, ss_scale=scale) for scale in ("first", "full")
+}
+
+
+@settings(max_examples=1000, deadline=None)
+@given(packs(), st.integers(0, 10**6))
+def test_no_gradient_from_a_later_group_or_another_document(pack, choice):
+    model = LEAK_MODELS["full" if choice % 2 else "first"]
+    batch = batch_of(pack, model.config, layout_of(model.config))
+    embedded = embed_batch(model.model, batch).detach().requires_grad_()
+    codes = batch.next_codes_BTQ[0]
+    index = (codes[:, 0] >= 0).nonzero()[:, 0]
+    mask = SequenceMask(Places.of(batch), pack[2]).dense()
+    out = model.model.run_stack(
+        embedded, batch.position_BT3, mask, next_codes=codes[index], audio_index_S=index, is_causal=False
+    )
+    target = choice % embedded.shape[1]
+    (gradient,) = torch.autograd.grad(out.hidden[0, target].square().sum(), embedded)
+    touched = gradient[0].abs().sum(-1) > 0
+    # Two layers look through one another: what is seen by a position that is seen.
+    seen = mask[0, 0].float()
+    allowed = (seen @ seen)[target] > 0
+    assert not (touched & ~allowed).any()
+    assert touched[target] and touched[allowed].float().mean() > 0.9
+
+
+def test_no_gradient_from_the_token_that_mtp_predicts():
+    model = tiny_model(num_hidden_layers=2, audio_num_levels=1, num_nextn_predict_layers=1)
     layout = layout_of(model.config)
-    rng = np.random.default_rng(seed)
-    names = list(DOCUMENTS)
-    for trial in range(2 * stress):
-        chosen = [names[i] for i in rng.integers(0, len(names), 3)]
-        documents = [build_document(random_parts(n, 50 * trial + seed, model.config), layout) for n in chosen]
-        batch = collate([documents])
-        embedded = model.model.embed_batch(batch).detach().requires_grad_()
-        codes = batch.next_codes_BTQ[0]
-        index = (codes[:, 0] >= 0).nonzero()[:, 0]
-        out = model.model.run_stack(
-            embedded, batch.position_BT3, dense_mask(batch.document_BT, batch.group_BT),
-            next_codes=codes[index], audio_index_S=index, is_causal=False,
-        )  # fmt: skip
-        target = int(rng.integers(0, embedded.shape[1]))
-        (gradient,) = torch.autograd.grad(out.hidden[0, target].square().sum(), embedded)
+    documents = [build_document(random_parts(name, 9, model.config), layout) for name in DOCUMENTS if name != "mixed"]
+    batch = collate([documents])
+    embedded = embed_batch(model.model, batch).detach().requires_grad_()
+    mask = SequenceMask(Places.of(batch)).dense()
+    out = model.model.run_stack(embedded, batch.position_BT3, mask, is_causal=False)
+    rotary = model.model.rotary_emb(batch.position_BT3)
+    predicted = model.model.mtp(out.hidden, shift_left(embedded), rotary, mask, is_causal=False)
+    index_N = model.forward_packed(batch).mtp_index_N.tolist()
+    assert len(index_N) > 10
+    for index in index_N:
+        (gradient,) = torch.autograd.grad(predicted[0, index].square().sum(), embedded, retain_graph=True)
         touched = gradient[0].abs().sum(-1) > 0
-        document, group = batch.document_BT[0], batch.group_BT[0]
-        allowed = (document == document[target]) & (group <= group[target])
-        assert not (touched & ~allowed).any()
-        assert touched[target] and touched[allowed].float().mean() > 0.9
+        assert touched[index + 1], "the successor's embedding is an input"
+        later = torch.arange(len(touched)) > index + 1
+        assert not (touched & (later | (batch.document_BT[0] != batch.document_BT[0, index]))).any()
 
 
 @torch.inference_mode()

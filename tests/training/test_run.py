@@ -16,7 +16,7 @@ from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, up
 from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine, deepspeed_config
-from ernie_elastic.training.losses import LossWeights, combine
+from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights, combine
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.schedules import Schedule
 from tests.modeling.common import tiny_model
@@ -32,7 +32,7 @@ def test_deepspeed_config_is_pure_and_names_clipping():
         },
         "steps_per_print": 10**9, "wall_clock_breakdown": False,
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="rows_per_step 16 is no multiple of 3 ranks x 1 micro-batches"):
+    with pytest.raises(ConfigError, match="rows_per_step 16 is no multiple of 3 ranks that read data x 1"):
         deepspeed_config(TrainingConfig(rows_per_step=16), 3)
 
 
@@ -83,17 +83,18 @@ def test_mass_is_kept_on_full_steps_only():
 
 def test_loss_is_the_mean_over_all_ranks():
     # Two ranks with 1 and 3 text targets: DeepSpeed averages the two scaled losses.
-    local = [(torch.tensor([2.0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 0])),
-             (torch.tensor([9.0, 0, 0, 0]), torch.tensor([3.0, 0, 0, 0]))]  # fmt: skip
+    local = [(torch.tensor([2.0, 0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 0, 0])),
+             (torch.tensor([9.0, 0, 0, 0, 0]), torch.tensor([3.0, 0, 0, 0, 0]))]  # fmt: skip
     total = torch.cat([local[0][0] + local[1][0], local[0][1] + local[1][1]])
-    losses = [combine(s, c, LossWeights(), lambda _: total, 2)[0] for s, c in local]
+    losses = [combine(s, c, LossWeights().vector(), lambda _: total, 2)[0] for s, c in local]
     assert sum(losses) / 2 == pytest.approx((2.0 + 9.0) / 4)
 
 
 def make_checkpoint(run_dir, step, seed=0):
     model = tiny_model(seed)
     engine = TorchEngine(model, TrainingConfig(engine="torch", rows_per_step=1))
-    return save_checkpoint(run_dir, step, engine, RoutingLedger(6, 6), None, {"seed": seed}, keep=3), model
+    state = (RoutingLedger(6, 6), LossBalance(LossWeights(), PosteriorWeights()))
+    return save_checkpoint(run_dir, step, engine, state, None, {"seed": seed}, keep=3), model
 
 
 def test_a_checkpoint_loads_bit_equal_with_an_empty_report(tmp_path):

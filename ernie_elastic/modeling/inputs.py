@@ -1,0 +1,76 @@
+"""Every input of a packed batch as embeddings: text, visual features, audio codes, read media, sounds, speakers.
+
+Letters: B rows, T positions, H hidden, N positions of one kind, F features of an audio step, Q audio levels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ernie_elastic.modeling.attention import RMSNorm
+from ernie_elastic.modeling.configuration import ErnieElasticConfig
+from ernie_elastic.modeling.understanding import Block
+from ernie_elastic.schema import PackedBatch
+
+if TYPE_CHECKING:
+    from ernie_elastic.modeling.model import ErnieElasticModel
+
+
+def embed_batch(model: ErnieElasticModel, batch: PackedBatch) -> torch.Tensor:
+    """Every input of a packed batch as [B, T, H]. Each table is used even when it has no row in this batch, so that
+    every parameter gets a (zero) gradient on every rank and step."""
+    shape_BT = batch.text_ids_BT.shape
+    ids_N = batch.text_ids_BT.reshape(-1)
+    text_N = (ids_N >= 0).nonzero()[:, 0]
+    embedded = model.embed_tokens(ids_N[text_N])
+    flat = embedded.new_zeros(ids_N.shape[0], embedded.shape[-1]).index_add(0, text_N, embedded)
+    if model.visual is not None:
+        visual = model.visual(batch.visual_inputs_ND, batch.visual_scale_N)
+        flat = flat.index_add(0, batch.visual_index_N, visual)
+    if model.audio is not None:
+        codes_NQ = batch.audio_codes_BTQ.flatten(0, 1)
+        audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
+        flat = flat.index_add(0, audio_N, model.audio.embed_steps(codes_NQ[audio_N]))
+    if model.understanding is not None:
+        items, zero = model.understanding([(media.pixels_GFHW3, media.features_GFhwD) for media in batch.media])
+        flat = flat + zero
+        for media, tokens in zip(batch.media, items, strict=True):
+            flat = flat.index_add(0, media.position_GM.reshape(-1), tokens.flatten(0, 1))
+    if model.sound is not None:
+        flat = flat.index_add(0, batch.sound_index_N, model.sound(batch.sound_features_NF, batch.sound_item_N))
+    if model.speaker is not None:
+        flat = flat.index_add(0, batch.speaker_index_N, model.speaker(batch.speaker_NF.to(model.speaker.weight.dtype)))
+    return flat.view(*shape_BT, -1)
+
+
+class SoundEncoder(nn.Module):
+    """Continuous features of 80 ms steps to embeddings, causal inside each sound.
+
+    ours: the report reads sounds as codes; as for pictures, features before quantisation keep what codes lose. Causal,
+    so that a sound can be read while it is still being recorded.
+    """
+
+    def __init__(self, config: ErnieElasticConfig) -> None:
+        super().__init__()
+        width = config.understanding_width
+        self.project = nn.Linear(config.audio_feature_size, width)
+        self.layers = nn.ModuleList(
+            Block(width, config.understanding_heads, config.rms_norm_eps) for _ in range(config.audio_encoder_layers)
+        )
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.out = nn.Linear(width, config.hidden_size, bias=False)
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                part.initializer_std = part.weight[0].numel() ** -0.5
+
+    def forward(self, features_NF: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:
+        """float32 [N, F] of all sounds in order, and the number of each step's sound int64 [N] -> [N, H]."""
+        x = self.project(features_NF.to(self.out.weight.dtype))[None]
+        order = torch.arange(len(item_N), device=item_N.device)
+        mask = (item_N[:, None] == item_N[None]) & (order[None] <= order[:, None])
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.out(self.norm(x))[0]

@@ -1,0 +1,1 @@
+"""Post-training by reinforcement: the replay buffer, the objective and the hints."""
