@@ -7,6 +7,7 @@ E experts, K chosen experts, F frames, H/W pixels, G media items of one shape.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -170,16 +171,31 @@ class SubModelSpec:
 class RouterOutput:
     """What one router decided for N positions.
 
-    weights_NK: fp32 combine weights, without the selection bias. experts_NK: int64 ids.
-    counts_E: int64, how many valid positions picked each expert. mass_E: fp32, the weight they gave it.
-    loss: weighted z-loss and orthogonality loss of this router; None while both are off.
+    weights_NK: fp32 combine weights, without the selection bias, detached. experts_NK: int64 ids. valid_N: bool, False
+    at padding; None = all valid. loss: weighted z-loss and orthogonality loss of this router; None while both are off.
+    The counts are made when they are asked for: a decoding step that nobody traces does not pay for them.
     """
 
     weights_NK: torch.Tensor
     experts_NK: torch.Tensor
-    counts_E: torch.Tensor
-    mass_E: torch.Tensor
+    num_experts: int
+    valid_N: torch.Tensor | None = None
     loss: torch.Tensor | None = None
+
+    @functools.cached_property
+    def counts_E(self) -> torch.Tensor:
+        """int64 [E], how many valid positions picked each expert."""
+        ones_NK = torch.ones_like(self.experts_NK)
+        ones_NK = ones_NK if self.valid_N is None else ones_NK * self.valid_N[:, None]
+        return ones_NK.new_zeros(self.num_experts).scatter_add(0, self.experts_NK.reshape(-1), ones_NK.reshape(-1))
+
+    @functools.cached_property
+    def mass_E(self) -> torch.Tensor:
+        """fp32 [E], the weight that valid positions gave each expert."""
+        weights_NK = self.weights_NK.float()
+        weights_NK = weights_NK if self.valid_N is None else weights_NK * self.valid_N[:, None]
+        zeros_E = weights_NK.new_zeros(self.num_experts)
+        return zeros_E.scatter_add(0, self.experts_NK.reshape(-1), weights_NK.reshape(-1))
 
 
 @dataclass

@@ -6,12 +6,14 @@ Importing this package registers the classes with Transformers' Auto classes.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 import ernie_elastic.tokenizers.text_hf  # noqa: F401 - registers the tokenizer class with AutoTokenizer
+from ernie_elastic.kernels import sorted_experts
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM, ErnieElasticModel
 from ernie_elastic.modeling.processing import ErnieElasticProcessor
 
 __all__ = ["ErnieElasticConfig", "ErnieElasticForCausalLM", "ErnieElasticModel", "ErnieElasticProcessor"]
 
+sorted_experts.register()
 AutoConfig.register(ErnieElasticConfig.model_type, ErnieElasticConfig, exist_ok=True)
 AutoModel.register(ErnieElasticConfig, ErnieElasticModel, exist_ok=True)
 AutoModelForCausalLM.register(ErnieElasticConfig, ErnieElasticForCausalLM, exist_ok=True)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from ernie_elastic.modeling.attention import RMSNorm
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
+from ernie_elastic.modeling.positions import Rotary
 
 
 class ErnieElasticMLP(nn.Module):
@@ -50,7 +51,7 @@ class MultiTokenPredictor(nn.Module):
         self,
         hidden: torch.Tensor,
         next_embedded: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: Rotary,
         mask: Any = None,
         cache: Cache | None = None,
         cache_layer: int | None = None,

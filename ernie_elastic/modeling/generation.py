@@ -145,10 +145,14 @@ class GroupDecoder:
         self.last_position_B3, self.last_hidden_BH = batch.position_BT3[:, -1], hidden[:, -1]
         # Without padding, windows and rejected drafts every key is visible, and no mask is made.
         self.all_visible = not self.window and bool((self.keys.document >= 0).all())
-        if hidden.shape[1] > 1:
-            mask, position = SequenceMask(self.keys, self.window).dense(), batch.position_BT3[:, :-1]
+        # Read together with the first new position: one pass of the stack less.
+        self.unread = (
+            (hidden[:, :-1], batch.position_BT3[:, :-1], batch.task_BT[:, :-1]) if hidden.shape[1] > 1 else None
+        )
+        if self.drafting and self.unread is not None and model.mtp is not None:
+            mask, (embedded, position, task_BT) = SequenceMask(self.keys, self.window).dense(), self.unread
             out = model.run_stack(
-                hidden[:, :-1],
+                embedded,
                 position,
                 mask,
                 self.cache,
@@ -156,10 +160,10 @@ class GroupDecoder:
                 valid_N=(self.keys.document >= 0).reshape(-1),
                 is_causal=False,
             )
-            if self.drafting and model.mtp is not None:
-                rotary = model.rotary_emb(position)
-                model.mtp(out.hidden, hidden[:, 1:], rotary, mask, self.cache, self.mtp_slot, is_causal=False)
-            self._record(batch.task_BT[:, :-1].reshape(-1), out)
+            rotary = model.rotary_emb(position)
+            model.mtp(out.hidden, hidden[:, 1:], rotary, mask, self.cache, self.mtp_slot, is_causal=False)
+            self._record(task_BT.reshape(-1), out)
+            self.unread = None
 
     @torch.inference_mode()
     def step(
@@ -183,22 +187,30 @@ class GroupDecoder:
         self.next_group += groups
         self.steps_taken += 1
         active = torch.ones(rows, dtype=torch.bool, device=self.device) if active_B is None else active_B
-        valid_BG = active[:, None].expand(rows, size)
-        self.mask = None if self.all_visible and groups == 1 else cached_mask(new, self.keys, self.window)
+        tasks_BG = torch.full((rows, size), TASK_ID[task], dtype=torch.int8, device=self.device)
+        tasks_BG = tasks_BG.masked_fill(~active[:, None], PAD_TASK)
+        mask = None if self.all_visible and groups == 1 else cached_mask(new, self.keys, self.window)
+        if self.unread is not None:
+            prompt, position_BP3, task_BP = self.unread
+            embedded_BGH = torch.cat([prompt, embedded_BGH], dim=1)
+            position_BG3 = torch.cat([position_BP3, position_BG3], dim=1)
+            tasks_BG = torch.cat([task_BP, tasks_BG], dim=1)
+            mask, self.unread = SequenceMask(self.keys, self.window).dense(), None
+        length = embedded_BGH.shape[1]
+        flat_BT = torch.arange(rows * length, device=self.device).view(rows, length)
         out = self.model.model.run_stack(
             embedded_BGH,
             position_BG3,
-            self.mask,
+            mask,
             self.cache,
             self.submodel,
             next_codes=next_codes,
-            valid_N=valid_BG.reshape(-1),
+            valid_N=(tasks_BG != PAD_TASK).reshape(-1),
             is_causal=False,
-            audio_index_S=torch.arange(rows * size, device=self.device) if next_codes is not None else None,
+            audio_index_S=flat_BT[:, -size:].reshape(-1) if next_codes is not None else None,
         )
-        if self.routing_sink is not None:
-            tasks = torch.full((rows, size), TASK_ID[task], dtype=torch.int8, device=self.device)
-            self._record(tasks.masked_fill(~valid_BG, PAD_TASK).reshape(-1), out)
+        self._record(tasks_BG.reshape(-1), out)
+        out.hidden = out.hidden[:, -size:]
         return out
 
     def _places(self, rows: int, size: int, clip: tuple[int, int], groups: int) -> Places:

@@ -14,12 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 import ernie_elastic.compression  # noqa: F401 - registers the loader of compressed directories
 from ernie_elastic.data.tokenise import Tokenizers
-from ernie_elastic.errors import CheckpointError
+from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM
 
 log = logging.getLogger(__name__)
 RUNS = Path("runs")
+EXPERTS = ("auto", "eager", "grouped_mm", "sorted_experts")
 if not torch.cuda.is_available():
     # Transformers imports DeepSpeed while loading, which otherwise warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -67,19 +68,29 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def choose_experts_back_end(model: ErnieElasticForCausalLM, name: str = "auto") -> None:
+    """Set the back end of the experts: "eager" (the per-expert loop, the definition), "grouped_mm", "sorted_experts".
+
+    auto is sorted_experts on a CPU and grouped_mm on a GPU, which is logged. Raises ConfigError for another name.
+    """
+    if name not in EXPERTS:
+        raise ConfigError(f"experts {name!r} is not one of {', '.join(EXPERTS)}")
+    if name == "auto":
+        name = "grouped_mm" if torch.cuda.is_available() else "sorted_experts"
+        log.info("experts: auto is %s, measured as the faster one on this kind of device", name)
+    model.config._experts_implementation = name
+
+
 def load_model(source: Path | str | None, experts: str | None = None) -> ErnieElasticForCausalLM:
     """The model of a directory, ready for inference, in `compute_dtype`.
 
-    experts: back end of the experts, "eager" (the per-expert loop, the definition) or "grouped_mm". Raises
+    experts: back end of the experts, as `choose_experts_back_end` takes it (compressed experts have their own). Raises
     CheckpointError when the directory is missing, damaged or not one of ours.
     """
     directory = resolve_model_dir(source)
     transformers_logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"experts_implementation": experts} if experts and not is_compressed(directory) else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=compute_dtype(), output_loading_info=True, **kwargs
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype(), output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
     model, report = loaded
@@ -90,6 +101,8 @@ def load_model(source: Path | str | None, experts: str | None = None) -> ErnieEl
         raise CheckpointError(
             f"{directory} holds a {model.config.model_type!r} model; this command needs an ernie_elastic one"
         )
+    if not is_compressed(directory):
+        choose_experts_back_end(model, experts or "auto")
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()

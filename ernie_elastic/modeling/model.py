@@ -32,8 +32,8 @@ from ernie_elastic.modeling.masks import Places, SequenceMask
 from ernie_elastic.modeling.multimodal_generate import MultimodalGeneration
 from ernie_elastic.modeling.outputs import ErnieElasticModelOutput, StackOutput, router_loss
 from ernie_elastic.modeling.packed import PackedEntry
-from ernie_elastic.modeling.positions import UniRotary, axis_of_pair, rotary_frequencies
-from ernie_elastic.modeling.router import ErnieElasticTopKRouter, count_routing, orthogonal_loss, z_loss
+from ernie_elastic.modeling.positions import Rotary, UniRotary, axis_of_pair, rotary_frequencies
+from ernie_elastic.modeling.router import ErnieElasticTopKRouter, orthogonal_loss, z_loss
 from ernie_elastic.modeling.understanding import UnderstandingEncoder
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
 
@@ -88,7 +88,7 @@ class ErnieElasticMoE(nn.Module):
         output = self.experts(flat, ids_NK, weights_NK)
         if self.shared_experts is not None:
             output = output + self.shared_experts(flat)
-        decision = count_routing(weights_NK, ids_NK, self.gate.num_experts, valid_N)
+        decision = RouterOutput(weights_NK.detach(), ids_NK, self.gate.num_experts, valid_N)
         if self.z_loss or self.orthogonal_loss:
             rows_EH = self.gate.weight if kept_experts is None else self.gate.weight[kept_experts]
             decision.loss = self.z_loss * z_loss(logits_NE, valid_N) + self.orthogonal_loss * orthogonal_loss(rows_EH)
@@ -108,7 +108,7 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: Rotary,
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
         cache_layer: int | None = None,
@@ -285,13 +285,11 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
             hidden = hidden + self._touch_unused(hidden, rotary, spec)
         return StackOutput(self.norm(hidden), list(routing.values()), tuple(routing), audio_logits)
 
-    def _touch_unused(
-        self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], spec: SubModelSpec
-    ) -> torch.Tensor:
+    def _touch_unused(self, hidden: torch.Tensor, rotary: Rotary, spec: SubModelSpec) -> torch.Tensor:
         """Zero times the layers that the spec leaves out, run on one position: unused = zero gradient, under every
         ZeRO stage and on every rank. ours: stage 3 otherwise applies the last real gradient again."""
         total = hidden.new_zeros(())
-        one_position = (rotary[0][:1, :1], rotary[1][:1, :1])
+        one_position = tuple(None if part is None else part[:1, :1] for part in rotary)
         for layer_id in sorted(set(range(len(self.layers))) - set(spec.layers)):
             total = total + self.layers[layer_id](hidden[:1, :1].detach(), one_position)[0].sum()
         return 0.0 * total

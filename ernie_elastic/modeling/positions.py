@@ -11,6 +11,9 @@ from torch import nn
 
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 
+# cos and sin float32 [B, T, P], and cos + i sin complex64 [B, T, P] where complex numbers may be used.
+Rotary = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 def axis_of_pair(section: list[int], layout: str) -> torch.Tensor:
     """Which axis each rotary pair turns with: int64 [P], 0 = t, 1 = h, 2 = w; pair 0 is the fastest.
@@ -42,14 +45,16 @@ class UniRotary(nn.Module):
         self.base, self.head_dim = base, config.head_dim
         self.section, self.layout = config.mrope_section, config.mrope_layout
 
-    def forward(self, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position float or int, [B, T] (text: t = h = w) or [B, T, 3]; returns float32 cos, sin [B, T, P]."""
+    def forward(self, position: torch.Tensor) -> Rotary:
+        """position float or int, [B, T] (text: t = h = w) or [B, T, 3]; returns float32 cos, sin [B, T, P], and cos + i
+        sin as complex64 [B, T, P] (None in a compiled graph, which cannot hold complex numbers)."""
         position = position.float()
         if position.dim() == 2:
             angles_BTP = position[..., None] * self.inv_freq.float()
         else:
             angles_BTP = position[..., self.axis_P] * self.inv_freq.float()
-        return angles_BTP.cos(), angles_BTP.sin()
+        cos_BTP, sin_BTP = angles_BTP.cos(), angles_BTP.sin()
+        return cos_BTP, sin_BTP, None if torch.compiler.is_compiling() else torch.complex(cos_BTP, sin_BTP)
 
 
 def rotary_frequencies(base: float, head_dim: int) -> torch.Tensor:
@@ -57,8 +62,14 @@ def rotary_frequencies(base: float, head_dim: int) -> torch.Tensor:
     return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def apply_rotary(x_BATC: torch.Tensor, cos_BTP: torch.Tensor, sin_BTP: torch.Tensor) -> torch.Tensor:
+def apply_rotary(
+    x_BATC: torch.Tensor, cos_BTP: torch.Tensor, sin_BTP: torch.Tensor, cis_BTP: torch.Tensor | None = None
+) -> torch.Tensor:
     """Turn neighbouring pairs (interleaved, as ERNIE 4.5 does) in fp32; returns x's dtype and shape [B, A, T, C]."""
+    if cis_BTP is not None and x_BATC.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # One complex product each way instead of four real ones and a stack.
+        pairs = torch.view_as_complex(x_BATC.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * cis_BTP[:, None]).flatten(-2)
     even, odd = x_BATC[..., 0::2].float(), x_BATC[..., 1::2].float()
     cos, sin = cos_BTP[:, None], sin_BTP[:, None]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
-from ernie_elastic.schema import RouterOutput
 
 
 class ErnieElasticTopKRouter(nn.Module):
@@ -46,24 +45,6 @@ class ErnieElasticTopKRouter(nn.Module):
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True).clamp(min=self.norm_min)
         ids_NK = chosen_NK if kept_experts is None else kept_experts[chosen_NK]
         return logits_NE, weights_NK.to(hidden_states.dtype), ids_NK
-
-
-def count_routing(
-    weights_NK: torch.Tensor, ids_NK: torch.Tensor, num_experts: int, valid_N: torch.Tensor | None
-) -> RouterOutput:
-    """Counts and routed mass per expert of weights [N, K] and ids int64 [N, K], padding (valid_N False) left out.
-
-    ours: logits are never stored.
-    """
-    with torch.no_grad():
-        ids, weights_NK_ = ids_NK.detach().reshape(-1), weights_NK.detach().float()
-        ones_NK = torch.ones_like(weights_NK_, dtype=torch.int64)
-        if valid_N is not None:  # by weight, not by indexing: shapes that depend on data would break a compiled graph
-            ones_NK = ones_NK * valid_N[:, None]
-            weights_NK_ = weights_NK_ * valid_N[:, None]
-        counts_E = ones_NK.new_zeros(num_experts).scatter_add(0, ids, ones_NK.reshape(-1))
-        mass_E = weights_NK_.new_zeros(num_experts).scatter_add(0, ids, weights_NK_.reshape(-1))
-    return RouterOutput(weights_NK, ids_NK, counts_E, mass_E)
 
 
 def z_loss(logits_NE: torch.Tensor, valid_N: torch.Tensor | None) -> torch.Tensor:

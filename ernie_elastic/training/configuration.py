@@ -26,7 +26,8 @@ class TrainingConfig:
     loss_weights times posterior: the weight of each modality's mean loss. sequence_parallel: ranks that share each
     row, by attention heads (DeepSpeed-Ulysses); 1 = none.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
-    limit). keep_checkpoints: older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
+    limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
+    older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
     """
 
     steps: int = 1000
@@ -48,6 +49,7 @@ class TrainingConfig:
     seed: int = 0
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
+    experts: Literal["auto", "eager", "grouped_mm", "sorted_experts"] = "auto"
     gradient_checkpointing: bool = False
     sequence_parallel: int = 1
     checkpoint_every: int = 0

@@ -19,6 +19,7 @@ from ernie_elastic.elastic.space import ElasticConfig, check_space
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.loading import choose_experts_back_end
 from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_jsonable, write_json
@@ -71,6 +72,7 @@ def pretrain(
     _check_same_run(run_dir, resolved)
     seed_everything(training.seed)
     model = ErnieElasticForCausalLM(config)
+    choose_experts_back_end(model, training.experts)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     engine = make_engine(model, training)
