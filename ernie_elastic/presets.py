@@ -59,7 +59,7 @@ def demo() -> RunConfig:
         model=DEMO_MODEL,
         training=dataclasses.replace(
             SHORT_RUN,
-            steps=1200,
+            steps=1600,
             rows_per_step=6,
             optimizer="muon",
             zero_stage=0,

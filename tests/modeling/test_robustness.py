@@ -26,8 +26,8 @@ CONFIG, LAYOUT = MODEL.config, layout_of(MODEL.config)
 FLOAT_INPUTS = [
     ("image", "target", "latents", "latents of a generated image"),
     ("video", "target", "latents", "latents of a generated video"),
-    ("image", "input", "latents", "features of a image that is read"),
-    ("video", "input", "latents", "features of a video that is read"),
+    ("image", "input", "latents", "image that is read"),
+    ("video", "input", "latents", "video that is read"),
     ("audio", "input", "features", "features of a sound that is read"),
     ("audio", "target", "speaker", "a speaker embedding"),
 ]
