@@ -17,7 +17,7 @@ from ernie_elastic.elastic.space import ElasticConfig, check_space, choose_layer
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.schema import SubModelSpec
-from tests.modeling.common import DOCUMENTS, random_parts, tiny_config, tiny_model
+from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_config, tiny_model
 
 
 def batch_of(model):
@@ -37,13 +37,18 @@ def random_spec(config, seed):
 
 def outputs(model, batch, spec=None):
     packed = model.forward_packed(batch, submodel=spec)
-    return packed, [packed.text_logits_NV, packed.bit_logits_ND, *packed.audio_logits]
+    return packed, [packed.text_logits_NV, packed.bit_logits_ND, packed.mtp_logits_NV, *packed.audio_logits]
+
+
+def spec_rows(spec):
+    return spec.layers, spec.experts_per_layer
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_masked_equals_extracted(experts, stress):
-    model = tiny_model()
+@pytest.mark.parametrize("options", [{}, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "sorted_experts"])
+def test_masked_equals_extracted(experts, options, stress):
+    model = tiny_model(**options)
     model.config._experts_implementation = experts
     batch = batch_of(model)
     for seed in range(4 * stress):
@@ -51,13 +56,15 @@ def test_masked_equals_extracted(experts, stress):
         smaller = extract_model(model, spec)
         masked, logits = outputs(model, batch, spec)
         cut, cut_logits = outputs(smaller, batch)
-        for ours, theirs, kept in zip(masked.routing, cut.routing, spec.experts_per_layer, strict=True):
+        assert smaller.config.first_k_dense == (model.config.first_k_dense > 0 and 0 in spec.layers)
+        mixtures = [kept for layer, kept in zip(*spec_rows(spec), strict=True) if layer in masked.layers]
+        for ours, theirs, kept in zip(masked.routing, cut.routing, mixtures, strict=True):
             assert torch.equal(ours.experts_NK, torch.tensor(kept)[theirs.experts_NK])
         for ours, theirs in zip(logits, cut_logits, strict=True):
             if experts == "eager":
                 assert torch.equal(ours, theirs), spec
             else:
-                assert (ours - theirs).abs().max() <= 1e-5
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
