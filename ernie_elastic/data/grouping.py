@@ -18,6 +18,8 @@ from ernie_elastic.errors import DataError
 from ernie_elastic.schema import TASK_ID
 from ernie_elastic.tokenizers.quantizers import ScaleCodes
 
+LARGEST = 65504.0  # of float16, in which shards keep features
+
 
 def build_document(
     parts: Sequence[Tokens],
@@ -77,7 +79,9 @@ class DocumentBuilder:
     num_clips: int = 0
 
     def add(self, part: Tokens) -> None:
-        """Append one segment. Raises DataError for an unknown kind and for values that are not finite."""
+        """Append one segment. Raises DataError for an unknown kind or role, and for values that cannot be read."""
+        if part.role not in ("input", "target"):
+            raise DataError(f"segment role {part.role!r} is not one of input, target")
         if part.kind == "text":
             self.add_text(part)
         elif part.kind == "audio":
@@ -96,6 +100,11 @@ class DocumentBuilder:
         else:
             latents = finite(part.latents, f"latents of a generated {part.kind}")
             quantizer, flips, rates = self.layout.quantizer, self.augmentation.flips, None
+            if not len(latents) or latents.shape[1:] != (*quantizer.grid, self.layout.num_bits):
+                raise DataError(
+                    f"latents of a generated {part.kind} have shape {tuple(latents.shape)}; this model draws "
+                    f"[frames, {quantizer.grid[0]}, {quantizer.grid[1]}, {self.layout.num_bits}]"
+                )
             if flips is not None and self.generator is not None:
                 rates = flips.rates(len(latents), len(quantizer.scales), self.generator)
             codes = quantizer.encode(latents, rates, self.generator)
@@ -134,6 +143,7 @@ class DocumentBuilder:
     def add_text(self, part: Tokens) -> None:
         """Text: one token a group."""
         assert part.ids is not None
+        _check_range(part.ids, self.layout.vocab_size, "text ids")
         for token in part.ids.tolist():
             if part.role == "target":
                 self.predict_text(token)
@@ -143,6 +153,11 @@ class DocumentBuilder:
         """A sound: one 80 ms step a group, a speaker before it when the layout has one."""
         if part.codes is None:
             raise DataError("an audio segment needs the codes of the audio tokenizer")
+        if part.codes.ndim != 2 or part.codes.shape[1] != self.layout.num_levels:
+            raise DataError(
+                f"audio codes have shape {part.codes.shape}; this model has [steps, {self.layout.num_levels}]"
+            )
+        _check_range(part.codes, self.layout.codebook_size, "audio codes")
         target = part.role == "target"
         task = "audio_generation" if target else "audio_understanding"
         if target:
@@ -189,6 +204,8 @@ class DocumentBuilder:
         """A picture or clip that is read: one bidirectional group, no loss."""
         if part.pixels is None or part.latents is None:
             raise DataError(f"an understanding {part.kind} needs pixels and the visual tokenizer's latents")
+        if not len(part.pixels):
+            raise DataError(f"an understanding {part.kind} has no frames")
         video = part.kind == "video"
         self.text(self.layout.bov if video else self.layout.boi)
         frames, grid = len(part.pixels), self.layout.understanding_grid
@@ -302,12 +319,22 @@ class DocumentBuilder:
         )
 
 
+def _check_range(values: np.ndarray, limit: int, what: str) -> None:
+    if values.size and (values.min() < 0 or (limit and values.max() >= limit)):
+        wrong = int(values.min() if values.min() < 0 else values.max())
+        raise DataError(f"{what} hold {wrong}; they must lie in 0..{limit - 1}: made by another tokenizer?")
+
+
 def finite(array: np.ndarray | None, what: str) -> torch.Tensor:
-    """float32 tensor of an array of any shape; DataError when it is missing or holds NaN or infinity."""
+    """float32 tensor of an array of any shape; DataError when it is missing, or holds NaN, infinity or values beyond
+    those of float16: these overflow in the model, and a NaN reaches every document of its row."""
     if array is None:
         raise DataError(f"{what} are missing")
     tensor = torch.from_numpy(np.asarray(array, dtype=np.float32))
-    if not bool(tensor.isfinite().all()):
-        bad = int((~tensor.isfinite()).sum())
-        raise DataError(f"{what} hold {bad} values that are NaN or infinite, of {tensor.numel()}; drop the record")
+    usable = tensor.isfinite() & (tensor.abs() <= LARGEST)
+    if not bool(usable.all()):
+        bad, limit = int((~usable).sum()), f"{LARGEST:,.0f}"
+        raise DataError(
+            f"{what} hold {bad} values that are NaN or infinite or beyond {limit}, of {tensor.numel()}; drop the record"
+        )
     return tensor

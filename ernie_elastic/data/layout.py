@@ -23,6 +23,7 @@ class Layout:
 
     full_scale: a finished frame is read once more at full resolution. active_bits: 0 = all. continuous_audio: sounds
     are read as feature_size features a step instead of codes. speaker_size: length of a speaker embedding, 0 = none.
+    vocab_size: text ids lie below it, 0 = not known.
     """
 
     bos: int
@@ -45,6 +46,7 @@ class Layout:
     continuous_audio: bool = False
     speaker_size: int = 0
     feature_size: int = 0
+    vocab_size: int = 0
 
     def frame_length(self) -> int:
         """Positions that one generated frame adds after its opener: scales 2..K, the full group if any, and S_S."""

@@ -56,6 +56,9 @@ def collate(
     length = row_length or max(totals)
     sample = next(document for row in rows for document in row)
     feature_size, speaker_size = sample.feature_size, sample.speaker_size
+    sizes = {(d.feature_size, d.speaker_size, d.active_bits) for row in rows for d in row}
+    if len(sizes) > 1:
+        raise DataError(f"documents of different layouts in one batch: (features, speaker, bits) are {sorted(sizes)}")
     shape, levels = (len(rows), length), sample.audio_codes.shape[1]
     text_ids = torch.full(shape, pad_id, dtype=torch.int64)
     codes = torch.full((*shape, levels), -1, dtype=torch.int64)

@@ -56,6 +56,7 @@ def layout_of(config: ErnieElasticConfig) -> Layout:
         continuous_audio=config.audio_input == "continuous",
         speaker_size=config.speaker_embedding_size,
         feature_size=config.audio_feature_size,
+        vocab_size=config.vocab_size,
     )
 
 

@@ -71,7 +71,7 @@ def test_values_that_are_not_finite_are_refused_with_their_name_and_number(kind,
     part = segment(kind, role)
     values = np.array(getattr(part, field), dtype=np.float32)
     values.reshape(-1)[[0, values.size - 1]] = bad
-    message = re.escape(f"hold 2 values that are NaN or infinite, of {values.size}")
+    message = re.escape(f"hold 2 values that are NaN or infinite or beyond 65,504, of {values.size}")
     # As loading does, with flips and dropped conditions, and as prompts are made, without.
     training = Augmentation(Flips(0.3), frame_drop=0.5, speaker_dropout=0.0)
     for options in ((), (training, torch.Generator().manual_seed(0))):
@@ -85,7 +85,7 @@ def test_a_half_precision_overflow_is_refused():
     part = segment("image", "target")
     with np.errstate(over="ignore"):
         latents = np.full(part.latents.shape, 1e5).astype(np.float16)
-    with pytest.raises(DataError, match=f"hold {latents.size} values that are NaN or infinite, of {latents.size}"):
+    with pytest.raises(DataError, match=f"hold {latents.size} values that are NaN or infinite or beyond 65,504, of {latents.size}"):
         document(dataclasses.replace(part, latents=latents))
 
 
@@ -205,9 +205,42 @@ def test_pictures_that_do_not_fit_the_reader_are_refused_by_the_model(part, mess
 
 
 @pytest.mark.parametrize("role", ["input", "target"])
-def test_an_id_outside_the_vocabulary_is_never_read(role):
-    with pytest.raises((DataError, IndexError)):
-        MODEL.forward_packed(collate([[document(text(11, CONFIG.vocab_size, role=role))]]))
+@pytest.mark.parametrize("wrong", [-5, CONFIG.vocab_size])
+def test_ids_outside_the_vocabulary_are_refused(role, wrong):
+    with pytest.raises(DataError, match=f"text ids hold {wrong}; they must lie in 0..{CONFIG.vocab_size - 1}"):
+        document(text(11, wrong, role=role))
+
+
+@pytest.mark.parametrize("wrong", [-3, CONFIG.audio_codebook_size])
+@pytest.mark.parametrize("role", ["input", "target"])
+def test_codes_outside_the_codebook_are_refused(role, wrong):
+    sound = segment("audio", role)
+    codes = sound.codes.copy()
+    codes[0, 1] = wrong
+    with pytest.raises(DataError, match=f"audio codes hold {wrong}"):
+        document(dataclasses.replace(sound, codes=codes))
+    with pytest.raises(DataError, match=r"this model has .steps, 3."):
+        document(dataclasses.replace(sound, codes=sound.codes[:, :2]))
+
+
+def test_values_that_would_overflow_are_refused():
+    speaker = np.full(CONFIG.speaker_embedding_size, 3e38, np.float32)
+    with pytest.raises(DataError, match=r"a speaker embedding hold 6 values .* beyond 65,504, of 6"):
+        document(segment("audio", "target", speaker=speaker))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 5), (1, 2, 2, 5), (1, 4, 4, 3)])
+def test_latents_of_another_tokenizer_are_refused(shape):
+    with pytest.raises(DataError, match=r"this model draws .frames, 4, 4, 5."):
+        document(segment("image", "target", latents=np.zeros(shape, np.float32)))
+
+
+def test_roles_and_layouts_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="segment role 'outpt'"):
+        document(text(11, role="outpt"))
+    other = build_document([text(11)], dataclasses.replace(LAYOUT, speaker_size=0))
+    with pytest.raises(DataError, match="different layouts"):
+        collate([[document(text(11)), other]])
 
 
 def test_a_document_longer_than_its_row_is_refused():
