@@ -85,7 +85,7 @@ def test_a_half_precision_overflow_is_refused():
     part = segment("image", "target")
     with np.errstate(over="ignore"):
         latents = np.full(part.latents.shape, 1e5).astype(np.float16)
-    with pytest.raises(DataError, match=f"hold {latents.size} values that are NaN or infinite or beyond 65,504, of {latents.size}"):
+    with pytest.raises(DataError, match=f"hold {latents.size} values .* beyond 65,504, of {latents.size}"):
         document(dataclasses.replace(part, latents=latents))
 
 
