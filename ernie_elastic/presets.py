@@ -49,7 +49,9 @@ SHORT_RUN = TrainingConfig(
     posterior=PosteriorWeights(enabled=False),
     augmentation=Augmentation(Flips(frame_growth=0.0, inherit_error=False)),
 )
-DEMO_MODEL = ModelSizes(rope_theta=10_000.0, mrope_layout="interleaved", initializer_range=0.05)
+DEMO_MODEL = ModelSizes(
+    rope_theta=10_000.0, mrope_layout="interleaved", initializer_range=0.05, audio_input="continuous"
+)
 
 
 def demo() -> RunConfig:
