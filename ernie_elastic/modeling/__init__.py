@@ -5,7 +5,8 @@ Importing this package registers the classes with Transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-import ernie_elastic.tokenizers.text_hf  # noqa: F401 - registers the tokenizer class with AutoTokenizer
+import ernie_elastic.compression
+import ernie_elastic.tokenizers.text_hf  # noqa: F401 - both register classes with the Auto classes
 from ernie_elastic.kernels import sorted_experts
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.model import ErnieElasticForCausalLM, ErnieElasticModel

@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from ernie_elastic.compression import compress_directory
 from ernie_elastic.data.batch_rows import select_rows, stack_rows
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.packing import collate
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.elastic.extract import save_model
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import GroupDecoder, Guidance, Sampling, layout_of
@@ -257,6 +259,18 @@ def test_processor_and_model_travel_together(processor, model, tmp_path):
     ours, theirs = processor.apply_chat_template(chat), again.apply_chat_template(chat)
     for name in ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids"):
         assert torch.equal(ours[name], theirs[name])
+
+
+def test_a_compressed_directory_brings_its_processor(processor, model, tmp_path):
+    save_model(model, tmp_path / "dense")
+    processor.save_pretrained(tmp_path / "dense")
+    compress_directory(tmp_path / "dense", tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    again = AutoProcessor.from_pretrained(tmp_path / "small")
+    prompt = again.apply_chat_template(messages(np.random.default_rng(5)))
+    drawn = loaded.generate(**prompt, generation_mode="image")
+    (picture,) = again.post_process_multimodal_output(drawn, generation_mode="image")
+    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
 
 
 def test_bad_prompts_say_what_is_wrong(processor, model):
