@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def decode_audio(decoder: GroupDecoder) -> list[torch.Tensor]:
-    """Codes int64 [S, Q] of each row, up to EOA (left out) or max_audio_steps. ConfigError without audio heads."""
+    """Codes int64 [S, Q] of each row, up to EOA (left out) or max_audio_steps. ConfigError without audio heads.
+
+    At the limit the last step is pending, chosen and not read; `cut_short` reads it.
+    """
     audio = decoder.model.model.audio
     if audio is None:
         raise ConfigError("this model has no audio heads: audio_num_levels is 0")
@@ -32,8 +35,19 @@ def decode_audio(decoder: GroupDecoder) -> list[torch.Tensor]:
         if not bool(active.any()):
             break
         embedded, position = audio.embed_steps(codes_BQ)[:, None], decoder.running_position()
+        decoder.set_pending(embedded, position)
     table = torch.stack(steps, dim=1)
     return [row[row[:, 0] >= 0] for row in table]
+
+
+def cut_short(decoder: GroupDecoder) -> None:
+    """Read the pending step of every row with EOA as its successor, as a document with such a sound would have it."""
+    end = decoder.layout.codebook_size
+    decoder.step(
+        *decoder.first_group(),
+        "audio_generation",
+        lambda level, logits_BV: logits_BV.new_full((len(logits_BV),), -1 if level else end, dtype=torch.int64),
+    )
 
 
 def _code_sampler(

@@ -107,7 +107,7 @@ def run_free(decoder: GroupDecoder) -> list[Part]:
     Parts: ("text", int64 [n]), ("image" or "video", float32 [F, H, W, D]), ("audio", int64 [S, Q]). Ends at max_parts
     media or max_new_tokens text tokens.
     """
-    from ernie_elastic.modeling.generation_audio import decode_audio
+    from ernie_elastic.modeling.generation_audio import cut_short, decode_audio
     from ernie_elastic.modeling.generation_visual import decode_visual
 
     layout, sampling, head = decoder.layout, decoder.sampling, decoder.model.lm_head
@@ -130,7 +130,10 @@ def run_free(decoder: GroupDecoder) -> list[Part]:
             parts.append(("text", torch.tensor(text)))
             text = []
         if kind == "audio":
-            parts.append((kind, decode_audio(decoder)[0]))
+            codes = decode_audio(decoder)[0]
+            if len(codes) == sampling.max_audio_steps:
+                cut_short(decoder)
+            parts.append((kind, codes))
             closer = layout.eoa
         else:
             parts.append((kind, decode_visual(decoder, kind == "video", close=True)[0]))

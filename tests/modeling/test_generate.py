@@ -118,14 +118,14 @@ def test_plain_text_generation_stays_transformers_own(processor, model):
     assert ours == (generated[: generated.index(2)] if 2 in generated else generated)
 
 
-def free_answer(processor, seed):
+def free_answer(processor, seed, steps):
     """A model whose openers are likely, its decoder after a free-running answer, the parts, and every bit drawn."""
     layout = layout_of(processor.config)
     torch.manual_seed(seed)
     model = ErnieElasticForCausalLM(processor.config).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight[[layout.boi, layout.bov, layout.boa]] *= 3.0
-    sampling = Sampling(temperature=1.0, seed=seed, max_new_tokens=6, max_frames=2, max_audio_steps=200)
+    sampling = Sampling(temperature=1.0, seed=seed, max_new_tokens=6, max_frames=2, max_audio_steps=steps)
     decoder = GroupDecoder(model, layout, sampling=sampling)
     bits, choose = [], decoder.choose_bits
     decoder.choose_bits = lambda logits: bits.append(choose(logits)) or bits[-1]
@@ -134,11 +134,12 @@ def free_answer(processor, seed):
     return model, decoder, prompt, run_free(decoder), bits
 
 
-def test_free_running_answers_leave_the_state_of_documents_that_hold_them(processor):
+@pytest.mark.parametrize("steps", [2, 200], ids=["sounds cut short", "sounds that end"])
+def test_free_running_answers_leave_the_state_of_documents_that_hold_them(processor, steps):
     layout, seen = layout_of(processor.config), set()
     scales = layout.quantizer.scales
     for seed in range(30):
-        model, decoder, prompt, parts, bits = free_answer(processor, seed)
+        model, decoder, prompt, parts, bits = free_answer(processor, seed, steps)
         whole = [prompt]
         for kind, value in parts:
             if kind == "text":
