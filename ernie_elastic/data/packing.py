@@ -42,6 +42,30 @@ def packing_efficiency(lengths: Sequence[int], rows: Sequence[Sequence[int]], ro
     return sum(lengths[index] for row in rows for index in row) / max(1, len(rows) * row_length)
 
 
+Media = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _add_flat(
+    flat: dict[str, list[torch.Tensor]], media: dict[tuple[int, ...], list[Media]], document: Document, offset: int
+) -> None:
+    """Append what a document holds at some positions only; offset: flat position of its first one."""
+    flat["visual_inputs"].append(document.visual_inputs)
+    flat["visual_index"].append(document.visual_index + offset)
+    flat["visual_scale"].append(document.visual_scale)
+    flat["bit_targets"].append(document.bit_targets)
+    flat["bit_index"].append(document.bit_index + offset)
+    flat["bit_weight"].append(document.bit_weight)
+    for sound, index in document.sounds:
+        flat["sound_features"].append(sound)
+        flat["sound_index"].append(index + offset)
+        flat["sound_item"].append(torch.full_like(index, len(flat["sound_item"])))
+    for vector, place in document.speakers:
+        flat["speaker"].append(vector[None])
+        flat["speaker_index"].append(torch.tensor([place + offset]))
+    for pixels, features, index in document.media:
+        media[tuple(pixels.shape)].append((pixels, features, index + offset))
+
+
 def collate(
     rows: Sequence[Sequence[Document]], row_length: int | None = None, pad_left: bool = False, pad_id: int = -1
 ) -> PackedBatch:
@@ -71,7 +95,7 @@ def collate(
     task = torch.full(shape, PAD_TASK, dtype=torch.int8)
     text_targets = torch.full(shape, IGNORE, dtype=torch.int64)
     flat: dict[str, list[torch.Tensor]] = defaultdict(list)
-    media: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    media: dict[tuple[int, ...], list[Media]] = defaultdict(list)
     for b, row in enumerate(rows):
         start = length - totals[b] if pad_left else 0
         if totals[b] > length:
@@ -89,22 +113,7 @@ def collate(
             position[b, span] = document.position
             task[b, span] = document.task
             text_targets[b, span] = document.text_targets
-            offset = b * length + start
-            flat["visual_inputs"].append(document.visual_inputs)
-            flat["visual_index"].append(document.visual_index + offset)
-            flat["visual_scale"].append(document.visual_scale)
-            flat["bit_targets"].append(document.bit_targets)
-            flat["bit_index"].append(document.bit_index + offset)
-            flat["bit_weight"].append(document.bit_weight)
-            for sound, index in document.sounds:
-                flat["sound_features"].append(sound)
-                flat["sound_index"].append(index + offset)
-                flat["sound_item"].append(torch.full_like(index, len(flat["sound_item"])))
-            for vector, place in document.speakers:
-                flat["speaker"].append(vector[None])
-                flat["speaker_index"].append(torch.tensor([place + offset]))
-            for pixels, features, index in document.media:
-                media[tuple(pixels.shape)].append((pixels, features, index + offset))
+            _add_flat(flat, media, document, b * length + start)
             start += len(document)
     joined = {name: torch.cat(values) for name, values in flat.items() if values}
     no_index = torch.zeros(0, dtype=torch.int64)

@@ -32,7 +32,7 @@ STATE_TAG = "state"
 
 @dataclass
 class MicroResult:
-    """Outcome of one micro-batch: loss sums and counts over all ranks, float32 [4]; this rank's routing."""
+    """Outcome of one micro-batch: loss sums and counts over all ranks, float32 [5]; this rank's routing."""
 
     sums: torch.Tensor
     counts: torch.Tensor
