@@ -14,36 +14,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ernie_elastic.errors import ConfigError
+from ernie_elastic.kernels.rms_norm import rms_norm
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.masks import SequenceMask, flex_block_mask
 from ernie_elastic.modeling.positions import Rotary, apply_rotary
-
-
-def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension of float32 [..., size]: [..., 1]."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-class CpuRMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight of float32 tensors with the few passes over memory that it needs; one derivative only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., size], weight [size] -> [..., size]."""
-        scale = inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Gradient [..., size] of the output -> those of x and weight."""
-        x, weight, scale = ctx.saved_tensors
-        (gradient,) = gradients
-        normed = x * scale
-        product = (gradient * normed).reshape(-1, x.shape[-1])
-        shared = torch.mv(product, weight).view(scale.shape).div_(x.shape[-1])
-        grad_x = torch.addcmul(gradient * weight, normed, shared, value=-1).mul_(scale)
-        return grad_x, product.sum(0), None
 
 
 class RMSNorm(nn.Module):
@@ -61,11 +35,7 @@ class RMSNorm(nn.Module):
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.compiler.is_compiling()
         ):
-            # torch has no fused kernel for CPUs: its own form takes twice as long, for one token and for thousands.
-            if not torch.is_grad_enabled():
-                return (x * inverse_rms(x, self.eps)).mul_(self.weight)
-            normed: torch.Tensor = CpuRMSNorm.apply(x, self.weight, self.eps)
-            return normed
+            return rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 

@@ -1,0 +1,70 @@
+"""ctypes front of rms_norm.cpp: float32 rows on the CPU, forward and backward in one pass over memory each.
+
+Built at first use; where there is no compiler or no OpenMP runtime, `load().reason` says so and torch_impl runs.
+Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie_elastic.kernels.native import NativeLibrary, build_and_load
+from ernie_elastic.kernels.zip_gemv.cpu_impl import openmp_parallel
+
+ABI = 1
+# Numbers that a thread takes at once; below one chunk no thread is woken.
+CHUNK_NUMBERS = 1 << 15
+_P, _I64 = ctypes.c_void_p, ctypes.c_int64
+
+
+@functools.cache
+def load() -> NativeLibrary:
+    """Build (first use of the machine), load and declare the library; resolved once a process."""
+    parallel = openmp_parallel()
+    if parallel is None:
+        return NativeLibrary(None, "no GOMP_parallel among the libraries that torch has loaded")
+    native = build_and_load(Path(__file__).with_name("rms_norm.cpp"))
+    library = native.library
+    if library is None:
+        return native
+    if library.norm_abi() != ABI:
+        return NativeLibrary(None, f"the built library has ABI {library.norm_abi()}, this package needs {ABI}")
+    library.norm_use.argtypes = (_P,)
+    library.norm_use(parallel)
+    library.norm_forward.argtypes = (*(_P,) * 4, *(_I64,) * 4, ctypes.c_float)
+    library.norm_backward.argtypes = (*(_P,) * 7, *(_I64,) * 4)
+    library.norm_forward.restype = library.norm_backward.restype = None
+    return NativeLibrary(library, f"{native.reason}, torch's OpenMP threads")
+
+
+def _chunk(size: int) -> int:
+    return max(1, CHUNK_NUMBERS // size)
+
+
+def forward(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Contiguous x [..., size] and weight [size] -> the result, and 1 / rms [rows] if `keep`."""
+    size = x.shape[-1]
+    rows = x.numel() // size
+    out = torch.empty_like(x)
+    scale = x.new_empty(rows) if keep else None
+    address = None if scale is None else scale.data_ptr()
+    library.norm_forward(
+        x.data_ptr(), weight.data_ptr(), address, out.data_ptr(), rows, size, _chunk(size), torch.get_num_threads(), eps
+    )
+    return out, scale
+
+
+def backward(library: ctypes.CDLL, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [..., size] of the result -> those of x and weight."""
+    size, rows = x.shape[-1], scale.numel()
+    chunk, grad = _chunk(size), grad.contiguous()
+    x_grad, weight_grad = torch.empty_like(x), torch.empty_like(weight)
+    partial = x.new_empty(-(-rows // chunk) * size)
+    tensors = (grad, x, weight, scale, x_grad, partial, weight_grad)
+    library.norm_backward(*(t.data_ptr() for t in tensors), rows, size, chunk, torch.get_num_threads())
+    return x_grad, weight_grad

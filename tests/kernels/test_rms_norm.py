@@ -1,0 +1,76 @@
+"""RMSNorm of both back ends against its definition in fp64: values, gradients, odd sizes, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ernie_elastic.kernels import rms_norm as package
+from ernie_elastic.kernels.native import NativeLibrary
+from ernie_elastic.kernels.rms_norm import available_backends, backend_reason, cpu_impl, rms_norm
+
+needs_native = pytest.mark.skipif("native" not in available_backends(), reason=backend_reason())
+BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
+# rows and sizes: none; one; a head; no multiple of the lanes; more rows than a chunk.
+SHAPES = [(0, 8), (1, 1), (2, 3, 4, 32), (5, 37), (700, 128)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(package, "_library", lambda: None)
+    return str(request.param)
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = rms_norm(leaves[0], leaves[1], 1e-5)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
+
+
+def _inputs(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator) for size in (shape, shape[-1:], shape)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_match_the_definition(shape: tuple[int, ...], backend: str) -> None:
+    x, weight, grad = _inputs(shape)
+    ours = _run(x, weight, grad)
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    out = leaves[0] * torch.rsqrt(leaves[0].square().mean(-1, keepdim=True) + 1e-5) * leaves[1]
+    out.backward(grad.double())
+    for value, truth in zip(ours, [out.detach(), leaves[0].grad, leaves[1].grad], strict=True):
+        assert truth is not None
+        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-5)
+
+
+def test_without_gradients_the_values_are_the_same(backend: str) -> None:
+    x, weight, grad = _inputs((9, 64))
+    with_gradients = _run(x, weight, grad)[0]
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, weight, 1e-5), with_gradients)
+
+
+def test_a_transposed_input_is_read_by_its_strides(backend: str) -> None:
+    x, weight, grad = _inputs((6, 16))
+    turned = x.T.contiguous().T
+    for ours, plain in zip(_run(turned, weight, grad.T.contiguous().T), _run(x, weight, grad), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs((3000, 48))
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(_run(*inputs))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_without_a_compiler_torch_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_impl, "load", lambda: NativeLibrary(None, "no C++ compiler"))
+    assert available_backends() == ("torch",)
+    assert "no C++ compiler" in backend_reason()
