@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
 from ernie_elastic.compression.config import KERNELS
 from ernie_elastic.errors import ConfigError, FormatError
@@ -233,6 +235,11 @@ def packed_experts_forward(
     if all(weight.kernel == "decode" for weight in weights):
         return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights, *rest)
     check_fusable(module)
+    if len(weights) == 2 and _is_plain_swiglu(module):
+        gate_up, down = (getattr(module, name).matrix for name in ("gate_up_proj", "down_proj"))
+        in_one_call = zip_gemv.experts(hidden_states, gate_up, down, top_k_index, top_k_weights)
+        if in_one_call is not None:
+            return in_one_call
     output = torch.zeros_like(hidden_states)
     count = len(module.down_proj)  # type: ignore[arg-type]
     for expert in top_k_index.unique().tolist():
@@ -243,6 +250,13 @@ def packed_experts_forward(
         hidden = _product(module.down_proj, module._apply_gate(gate_up), expert)  # type: ignore[operator]
         output.index_add_(0, token, (hidden * top_k_weights[token, slot, None]).to(output.dtype))
     return output
+
+
+def _is_plain_swiglu(module: nn.Module) -> bool:
+    """Whether the experts compute silu(gate) * up, by Transformers' own gate and activation."""
+    return isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation) and (
+        getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    )
 
 
 def check_fusable(module: nn.Module) -> None:

@@ -235,3 +235,35 @@ def test_without_native_code_auto_takes_the_reference_and_says_why(
             zip_gemv.matmul(torch.zeros(1, 9), packed, "native")
     finally:
         zip_gemv._auto_is_native.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 1), (5, 8, 3), (0, 4, 2), (16, 3, 3)])
+def test_a_layer_of_experts_in_one_call_is_their_products_one_by_one(tokens: int, experts: int, top_k: int) -> None:
+    hidden, width = 72, 40
+    dense = gaussian(experts * 2 * width, hidden), gaussian(experts * hidden, width)
+    gate_up, down = (zip_gemv.pack(weight) for weight in dense)
+    x_MC = torch.randn(tokens, hidden)
+    ids_MK = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]) if tokens else torch.empty(0, top_k)
+    ids_MK = ids_MK.long()
+    weights_MK = torch.rand(tokens, top_k)
+    expected_MC = torch.zeros(tokens, hidden)
+    for token in range(tokens):
+        for slot in range(top_k):
+            expert = int(ids_MK[token, slot])
+            rows = slice(2 * width * expert, 2 * width * (expert + 1))
+            gate, up = (dense[0][rows].float() @ x_MC[token]).chunk(2)
+            out = dense[1][hidden * expert : hidden * (expert + 1)].float() @ (torch.nn.functional.silu(gate) * up)
+            expected_MC[token] += weights_MK[token, slot] * out
+    got_MC = zip_gemv.experts(x_MC, gate_up, down, ids_MK, weights_MK)
+    assert got_MC is not None
+    torch.testing.assert_close(got_MC, expected_MC, rtol=2e-4, atol=2e-4)
+
+
+@needs_native
+def test_experts_that_do_not_fit_one_call_are_left_to_the_caller() -> None:
+    gate_up, down = zip_gemv.pack(gaussian(4 * 16, 8)), zip_gemv.pack(gaussian(4 * 8, 8))
+    many = torch.zeros(cpu_impl.FUSED_MAX_ROWS + 1, 1, dtype=torch.int64)
+    assert zip_gemv.experts(torch.zeros(len(many), 8), gate_up, down, many, torch.ones(len(many), 1)) is None
+    with pytest.raises(ConfigError, match="negative"):
+        zip_gemv.experts(torch.zeros(1, 8), gate_up, down, -many[:1] - 1, torch.ones(1, 1))

@@ -21,7 +21,7 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix, pack
 
-__all__ = ["PackedMatrix", "available_backends", "backend_reason", "matmul", "pack", "unpack", "unpack_rows"]
+__all__ = ["PackedMatrix", "available_backends", "backend_reason", "experts", "matmul", "pack", "unpack", "unpack_rows"]
 Backend = Literal["auto", "native", "reference"]
 logger = logging.getLogger(__name__)
 
@@ -109,3 +109,19 @@ def matmul(
     if _native(backend, packed):
         return cpu_impl.matmul(x_MC, packed, start, stop)
     return reference.matmul(x_MC, packed, start=start, stop=stop)
+
+
+def experts(
+    x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Tensor, weights_MK: Tensor
+) -> Tensor | None:
+    """One mixture-of-experts layer in one native call: sum over k of weights_MK * down(silu(gate) * up) -> [M, C].
+
+    x float32 [M, C]; gate_up holds the experts' [2I, C] below each other, gate half first, down their [C, I]; ids int64
+    [M, K], those beyond the last expert are left out; weights float32 [M, K]. The products are `matmul`'s, the experts
+    are added in increasing order. None where it cannot run (no native back end, more rows than a fused product
+    takes): the caller goes expert by expert. ours: reason: a small expert costs less than two calls from Python.
+    """
+    fits = x_MC.dtype == weights_MK.dtype == torch.float32 and x_MC.shape[0] <= cpu_impl.FUSED_MAX_ROWS
+    if not fits or not (_native("auto", gate_up) and _native("auto", down)):
+        return None
+    return cpu_impl.experts(x_MC, gate_up, down, ids_MK, weights_MK)

@@ -22,7 +22,7 @@ from ernie_elastic.kernels.native import NativeLibrary, build_and_load
 from ernie_elastic.kernels.zip_gemv import reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 
-ABI = 3
+ABI = 4
 # Above this many rows of x, decoding a block and multiplying by torch is faster (scripts/bench/zip_gemv_cpu.py).
 FUSED_MAX_ROWS = 16
 # Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the last-level cache.
@@ -73,6 +73,7 @@ def load() -> NativeLibrary:
     library.zip_unpack.argtypes = (_P, _I64, _I64, _INT, _INT, _P)
     library.zip_unpack_rows.argtypes = (_P, _P, _I64, _INT, _INT, _P)
     library.zip_matmul.argtypes = (_P, _P, _I64, _I64, _I64, _INT, _P)
+    library.zip_experts.argtypes = (_P, _P, _I64, _P, _I64, _P, _P, _I64, _INT, _P)
     library.zip_bf16_matmul.argtypes = (_P, _I64, _I64, _I64, _P, _I64, _INT, _P)
     threads = "torch's OpenMP threads" if parallel else "own threads"
     return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}, {threads}")
@@ -143,6 +144,31 @@ def matmul(x_MC: Tensor, packed: PackedMatrix, start: int = 0, stop: int | None 
     )
     _check(code, packed)
     return y_MR
+
+
+def experts(x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
+    """As `zip_gemv.experts`, for at most FUSED_MAX_ROWS rows of x."""
+    x_MC, weights_MK, ids_MK = x_MC.detach().contiguous(), weights_MK.detach().contiguous(), ids_MK.contiguous()
+    y_MC = torch.empty_like(x_MC)
+    code = _library().zip_experts(
+        prepare(gate_up),
+        prepare(down),
+        down.shape[0] // x_MC.shape[1],
+        x_MC.data_ptr(),
+        x_MC.shape[0],
+        ids_MK.data_ptr(),
+        weights_MK.data_ptr(),
+        ids_MK.shape[1],
+        torch.get_num_threads(),
+        y_MC.data_ptr(),
+    )
+    if code == -2:
+        raise ConfigError(
+            f"zip_gemv: experts of {gate_up.shape} and {down.shape} rows do not fit x {tuple(x_MC.shape)}, or an id "
+            f"is negative (the lowest is {int(ids_MK.min())}); gate_up needs [E * 2I, C], down [E * C, I]"
+        )
+    _check(code, gate_up)
+    return y_MC
 
 
 def _decode_then_multiply(x_MC: Tensor, packed: PackedMatrix, start: int, stop: int) -> Tensor:

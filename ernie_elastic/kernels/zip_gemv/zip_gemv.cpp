@@ -4,9 +4,11 @@
 // chosen at run time) and, by the portable loops, any other little-endian processor. A product decodes the high bytes
 // of a part of a row (or of a few short rows) into L1, writes the fallbacks over them, and joins both byte streams in
 // registers while it multiplies.
-// Every function returns 0, or -1 when an argument or a fallback list is out of range.
+// Every function returns 0, or -1 when an argument or a fallback list is out of range (zip_experts: -2 for its own
+// arguments).
 
 #include <atomic>
+#include <cmath>
 #include <thread>
 #include <vector>
 
@@ -228,12 +230,52 @@ std::vector<float> prepare_x(Product& p, Level level, int64_t columns, [[maybe_u
   return ready;
 }
 
+// y [number, stop - start] = x [number, columns] times the transpose of rows start..stop. False when damaged.
+bool multiply(const Matrix& m, const float* x, int64_t number, int64_t start, int64_t stop, int threads, float* y) {
+  Product p{x, number, m.columns, y, stop - start};
+  const std::vector<float> ready = prepare_x(p, supported_level(m.level), m.columns, true);
+  return parallel(stop - start, (stop - start) * m.columns, threads, [&](int64_t begin, int64_t end) {
+    return multiply_rows(m, p, start + begin, start + end, start);
+  });
+}
+
+// A mixture of experts whose matrices lie below each other: expert e has rows [2 * width * e, ...) of gate_up, gate
+// half first, and rows [hidden * e, ...) of down.
+struct Experts {
+  const Matrix& gate_up;
+  const Matrix& down;
+  int64_t hidden, width, top_k;
+  int threads;
+
+  // Adds weight * expert(x) of the pairs (token * top_k + slot) of one expert to y.
+  bool add(int64_t expert, const std::vector<int64_t>& pairs, const float* x, const float* weights, float* y) const {
+    const int64_t count = int64_t(pairs.size());
+    std::vector<float> in(size_t(count * hidden)), both(size_t(count * 2 * width)), inner(size_t(count * width));
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(x + pairs[size_t(i)] / top_k * hidden, hidden, in.data() + i * hidden);
+    const int64_t first = expert * 2 * width;
+    if (!multiply(gate_up, in.data(), count, first, first + 2 * width, threads, both.data())) return false;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < width; ++j) {
+        const float gate = both[size_t(i * 2 * width + j)], up = both[size_t(i * 2 * width + width + j)];
+        inner[size_t(i * width + j)] = gate / (1.0f + std::exp(-gate)) * up;
+      }
+    if (!multiply(down, inner.data(), count, expert * hidden, (expert + 1) * hidden, threads, in.data())) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = weights[pairs[size_t(i)]];
+      float* out = y + pairs[size_t(i)] / top_k * hidden;
+      for (int64_t j = 0; j < hidden; ++j) out[j] += weight * in[size_t(i * hidden + j)];
+    }
+    return true;
+  }
+};
+
 }  // namespace
 }  // namespace zip
 
 extern "C" {
 
-int zip_abi() { return 3; }
+int zip_abi() { return 4; }
 
 // Use the threads of an OpenMP runtime from now on (its GOMP_parallel), or threads of our own when null.
 void zip_use_openmp(void* parallel) { zip::openmp = reinterpret_cast<zip::OpenMp>(parallel); }
@@ -271,12 +313,25 @@ int zip_unpack_rows(const zip::Matrix* m, const int64_t* which, int64_t number, 
 int zip_matmul(const zip::Matrix* m, const float* x, int64_t number, int64_t start, int64_t stop, int threads,
                float* y) {
   if (start < 0 || stop < start || stop > m->rows) return -1;
-  zip::Product p{x, number, m->columns, y, stop - start};
-  const std::vector<float> ready = zip::prepare_x(p, zip::supported_level(m->level), m->columns, true);
-  const bool good = zip::parallel(stop - start, (stop - start) * m->columns, threads, [&](int64_t begin, int64_t end) {
-    return zip::multiply_rows(*m, p, start + begin, start + end, start);
-  });
-  return good ? 0 : -1;
+  return zip::multiply(*m, x, number, start, stop, threads, y) ? 0 : -1;
+}
+
+// y [number, hidden] = sum over the slots of weights * down(silu(gate) * up) of expert ids, in increasing order of the
+// experts; ids of `experts` and more are left out. ids and weights [number, top_k].
+int zip_experts(const zip::Matrix* gate_up, const zip::Matrix* down, int64_t experts, const float* x, int64_t number,
+                const int64_t* ids, const float* weights, int64_t top_k, int threads, float* y) {
+  const int64_t hidden = gate_up->columns, width = down->columns;
+  if (gate_up->rows != experts * 2 * width || down->rows != experts * hidden) return -2;
+  const zip::Experts layer{*gate_up, *down, hidden, width, top_k, threads};
+  std::vector<std::vector<int64_t>> pairs(static_cast<size_t>(experts));
+  for (int64_t i = 0; i < number * top_k; ++i) {
+    if (ids[i] < 0) return -2;
+    if (ids[i] < experts) pairs[size_t(ids[i])].push_back(i);
+  }
+  std::fill_n(y, number * hidden, 0.0f);
+  for (int64_t e = 0; e < experts; ++e)
+    if (!pairs[size_t(e)].empty() && !layer.add(e, pairs[size_t(e)], x, weights, y)) return -1;
+  return 0;
 }
 
 // The plain twin: y [number, rows] = x [number, columns] times the transpose of BF16 w [rows, columns].
