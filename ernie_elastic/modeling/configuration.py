@@ -107,6 +107,9 @@ class ErnieElasticConfig(PreTrainedConfig):
     visual_amplitudes: list[float] | None = None
     # VideoAR: a learned embedding per scale. ours: on by default.
     visual_scale_embedding: bool = True
+    # ours: a learned embedding per cell of each scale. Uni-RoPE gives places relative to the marker that opens the
+    # picture, which a short run hardly learns to read.
+    visual_place_embedding: bool = False
     # paper: figure 2 feeds S_S pooled to the first scale ("first"). "full" also appends the finished frame at full
     # resolution, read-only, so that later text and frames see the bits of the last scale.
     ss_scale: str = "first"

@@ -125,6 +125,9 @@ class _Drawing:
         assert visual is not None
         flat = feature_BhwD.reshape(self.rows * len(places), -1)
         scale_N = torch.full((len(flat),), index, device=flat.device)
-        embedded = visual(flat, scale_N).unflatten(0, (self.rows, -1)).repeat(self.copies, 1, 1)
+        # A gap between the rows, as between the pictures of a packed batch.
+        order = torch.arange(len(flat) + self.rows, device=flat.device)
+        index_N = order.view(self.rows, -1)[:, :-1].reshape(-1)
+        embedded = visual(flat, scale_N, index_N).unflatten(0, (self.rows, -1)).repeat(self.copies, 1, 1)
         position = torch.nn.functional.pad(places, (1, 0), value=float(frame))
         return embedded, position[None] + self.offset_B[:, None, None]

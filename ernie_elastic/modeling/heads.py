@@ -28,12 +28,28 @@ class VisualIO(nn.Module):
         # One row per scale that a position predicts, one for S_S, which closes the frame, one for the full frame.
         num_scales = len(config.visual_scales) + 1 + (config.ss_scale == "full")
         self.scale_embed = nn.Embedding(num_scales, config.hidden_size) if config.visual_scale_embedding else None
+        self.cells = max(height * width for height, width in config.visual_scales)
+        places = num_scales * self.cells
+        self.place_embed = nn.Embedding(places, config.hidden_size) if config.visual_place_embedding else None
         self.bit_head = nn.Linear(config.hidden_size, config.visual_bits)
 
-    def forward(self, features_ND: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
-        """features float32 [N, D] of the coarser scales and the scale each position predicts -> [N, H]."""
+    def forward(self, features_ND: torch.Tensor, scale_N: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+        """features float32 [N, D] of the coarser scales, the scale each position predicts and its flat place in the
+        batch, both int64 [N], a scale whole and in reading order -> [N, H]."""
         embedded = self.embed(features_ND.to(self.bit_head.bias.dtype))
-        return embedded if self.scale_embed is None else embedded + self.scale_embed(scale_N)
+        if self.scale_embed is not None:
+            embedded = embedded + self.scale_embed(scale_N)
+        if self.place_embed is not None:
+            embedded = embedded + self.place_embed(scale_N * self.cells + cell_in_scale(scale_N, index_N))
+        return embedded
+
+
+def cell_in_scale(scale_N: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+    """int64 [N]: number of each position in its run of neighbouring positions (index_N) of one scale (scale_N)."""
+    order = torch.arange(len(index_N), device=index_N.device)
+    starts = torch.ones_like(order, dtype=torch.bool)
+    starts[1:] = (index_N.diff() != 1) | (scale_N.diff() != 0)
+    return order - torch.where(starts, order, 0).cummax(0).values
 
 
 class AudioIO(nn.Module):

@@ -28,7 +28,7 @@ def embed_batch(model: ErnieElasticModel, batch: PackedBatch) -> torch.Tensor:
     embedded = model.embed_tokens(ids_N[text_N])
     flat = embedded.new_zeros(ids_N.shape[0], embedded.shape[-1]).index_add(0, text_N, embedded)
     if model.visual is not None:
-        visual = model.visual(batch.visual_inputs_ND, batch.visual_scale_N)
+        visual = model.visual(batch.visual_inputs_ND, batch.visual_scale_N, batch.visual_index_N)
         flat = flat.index_add(0, batch.visual_index_N, visual)
     if model.audio is not None:
         codes_NQ = batch.audio_codes_BTQ.flatten(0, 1)

@@ -14,14 +14,19 @@ MODALITIES = ("text", "image", "video", "audio")
 LOSSES = (*MODALITIES, "mtp")
 
 
-def modality_sums(output: PackedOutput, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def modality_sums(
+    output: PackedOutput, batch: PackedBatch, text_length_power: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss sums and their weights' sums, float32 [5] each, in the order of LOSSES.
 
-    text: cross-entropy per token. image, video: bit cross-entropy per position, weighted by scale. audio:
-    cross-entropy averaged over the levels of a step. mtp: cross-entropy of the token after next.
+    text: cross-entropy per token, times n^-text_length_power where its document has n targets. image, video: bit
+    cross-entropy per position, weighted by scale. audio: cross-entropy averaged over the levels of a step. mtp:
+    cross-entropy of the token after next.
     """
     targets_N = batch.text_targets_BT.reshape(-1)[output.text_index_N]
-    text = F.cross_entropy(output.text_logits_NV.float(), targets_N, reduction="sum")
+    text_N = F.cross_entropy(output.text_logits_NV.float(), targets_N, reduction="none")
+    weight_N = _length_weights(batch, text_length_power)[output.text_index_N]
+    text = (text_N * weight_N).sum()
     mtp_targets_N = batch.text_targets_BT.reshape(-1)[output.mtp_index_N + 1]
     mtp = F.cross_entropy(output.mtp_logits_NV.float(), mtp_targets_N, reduction="sum")
     bit_targets_ND, bit_weight_N = batch.bit_targets_ND, batch.bit_weight_N
@@ -39,7 +44,7 @@ def modality_sums(output: PackedOutput, batch: PackedBatch) -> tuple[torch.Tenso
     sums = torch.stack([text, (per_position_N * ~video_N).sum(), (per_position_N * video_N).sum(), audio, mtp])
     counts = torch.stack(
         [
-            torch.tensor(float(len(targets_N)), device=text.device),
+            weight_N.sum(),
             (bit_weight_N * ~video_N).sum(),
             (bit_weight_N * video_N).sum(),
             (codes_SQ >= 0).sum().float() / levels,
@@ -47,3 +52,14 @@ def modality_sums(output: PackedOutput, batch: PackedBatch) -> tuple[torch.Tenso
         ]
     )
     return sums, counts
+
+
+def _length_weights(batch: PackedBatch, power: float) -> torch.Tensor:
+    """float32 [B * T]: n^-power at every position of a document with n text targets."""
+    documents_BT = batch.document_BT
+    if not power:
+        return torch.ones(documents_BT.numel(), device=documents_BT.device)
+    rows_B1 = torch.arange(len(documents_BT), device=documents_BT.device)[:, None]
+    number_N = ((documents_BT + 1) + rows_B1 * (documents_BT.max() + 2)).reshape(-1)
+    counts = torch.bincount(number_N, weights=(batch.text_targets_BT.reshape(-1) >= 0).float())
+    return counts[number_N].clamp(min=1.0).float() ** -power

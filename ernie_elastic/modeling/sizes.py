@@ -34,6 +34,7 @@ class ModelSizes:
     qk_norm: bool = True
     ss_scale: str = "first"
     video_window: int = 0
+    visual_place_embedding: bool = False
     audio_input: str = "codes"
     speaker_embedding_size: int = 0
     rope_theta: float = 1_000_000.0

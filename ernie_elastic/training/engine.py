@@ -43,17 +43,23 @@ class MicroResult:
 class LossModule(nn.Module):
     """Model plus loss, as one module that an engine can wrap."""
 
-    def __init__(self, model: ErnieElasticForCausalLM, world_size: int, shard: SequenceShard | None = None) -> None:
+    def __init__(
+        self,
+        model: ErnieElasticForCausalLM,
+        world_size: int,
+        shard: SequenceShard | None = None,
+        text_length_power: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.world_size, self.shard = world_size, shard
+        self.world_size, self.shard, self.text_length_power = world_size, shard, text_length_power
 
     def forward(
         self, batch: PackedBatch, spec: SubModelSpec, weights: torch.Tensor
     ) -> tuple[torch.Tensor, MicroResult]:
         """The scalar loss to differentiate, and what to log; batch holds tensors [B, T], weights float32 [5]."""
         output = self.model.forward_packed(batch, submodel=spec, shard=self.shard)
-        sums, counts = modality_sums(output, batch)
+        sums, counts = modality_sums(output, batch, self.text_length_power)
         loss, sums, counts = combine(sums, counts, weights, all_reduce_sum, self.world_size)
         if output.router_loss is not None:
             loss = loss + output.router_loss
@@ -191,7 +197,8 @@ class TorchEngine(Engine):
         self.device = _device()
         self.model = model.train()
         nn.Module.to(self.model, self.device)
-        self.module = LossModule(self.model, ranks)
+        power = training.loss_weights.text_length_power
+        self.module = LossModule(self.model, ranks, text_length_power=power)
         self.training, self.ranks = training, ranks
         self.optimizer = make_optimizer(model, training)
 
@@ -248,7 +255,8 @@ class DeepSpeedEngine(Engine):
             deepspeed.init_distributed(
                 dist_backend=backend, timeout=timedelta(seconds=training.step_limit_s), verbose=False
             )
-        module = LossModule(model, ranks, sequence_shard(training.sequence_parallel))
+        shard, power = sequence_shard(training.sequence_parallel), training.loss_weights.text_length_power
+        module = LossModule(model, ranks, shard, power)
         optimizer = make_optimizer(model, training)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.engine.train()

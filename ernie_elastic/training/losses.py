@@ -13,13 +13,22 @@ from ernie_elastic.modeling.losses import LOSSES, MODALITIES
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Fixed weight of each mean loss. mtp: paper, section 1.4 (0.3 in the 8K stage, 0.1 in mid-training)."""
+    """Fixed weight of each mean loss. mtp: paper, section 1.4 (0.3 in the 8K stage, 0.1 in mid-training).
+
+    text_length_power p: each target token of a document with n of them counts n^-p, so that a long caption does not
+    drown a short answer. peer: InternVL 2.5 uses 0.5; 0 = every token counts the same.
+    """
 
     text: float = 1.0
     image: float = 1.0
     video: float = 1.0
     audio: float = 1.0
     mtp: float = 0.3
+    text_length_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.text_length_power <= 1.0:
+            raise ConfigError(f"loss weights: text_length_power {self.text_length_power} must lie in 0..1")
 
     def vector(self) -> torch.Tensor:
         """float32 [5], in the order of LOSSES."""

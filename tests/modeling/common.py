@@ -18,6 +18,7 @@ RICH: dict[str, object] = {
     "audio_input": "continuous",
     "audio_feature_size": 9,
     "num_nextn_predict_layers": 1,
+    "visual_place_embedding": True,
 }
 SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
 

@@ -39,6 +39,28 @@ def test_posterior_weights_are_clamped_and_can_be_off():
         PosteriorWeights(low=2.0)
 
 
+def test_a_long_text_counts_by_the_power_of_its_length():
+    model = tiny_model()
+    layout = layout_of(model.config)
+    texts = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]
+    parts = [[Tokens("text", "target", ids=np.array(ids, np.int32))] for ids in texts]
+    batch = collate([[build_document(part, layout) for part in parts], [build_document(parts[0], layout)]])
+    output = model.forward_packed(batch)
+    targets = batch.text_targets_BT.reshape(-1)[output.text_index_N]
+    each = torch.nn.functional.cross_entropy(output.text_logits_NV, targets, reduction="none")
+    rows, columns = output.text_index_N // batch.text_targets_BT.shape[1], output.text_index_N
+    key = rows * 10 + batch.document_BT.reshape(-1)[columns]
+    length = torch.stack([(key == own).sum() for own in key]).float()
+    assert set(length.tolist()) == {float((key == 0).sum()), float((key == 1).sum())} and length.unique().numel() == 2
+    for power in (0.0, 0.5, 1.0):
+        sums, counts = modality_sums(output, batch, power)
+        torch.testing.assert_close(sums[0], (each * length**-power).sum())
+        torch.testing.assert_close(counts[0], (length**-power).sum())
+    assert float(modality_sums(output, batch, 1.0)[1][0]) == pytest.approx(3.0), "each document counts as one"
+    with pytest.raises(ConfigError, match="text_length_power 2"):
+        LossWeights(text_length_power=2.0)
+
+
 def test_the_bit_count_grows_with_the_run():
     training = TrainingConfig(steps=100, bit_schedule=((0.0, 2), (0.5, 5)))
     assert [training.active_bits(step) for step in (0, 49, 50, 99)] == [2, 2, 5, 5]
