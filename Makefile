@@ -1,7 +1,8 @@
 # Nothing but Python >= 3.11 and make is needed: the first target that runs makes .venv and installs into it, once.
 #
 #   make setup      the virtual environment alone
-#   make demo       the whole pipeline on the embedded world (DEMO=smoke: the small size, two minutes)
+#   make demo       the whole pipeline on the embedded world (DEMO=smoke: the small size, two minutes;
+#                   SEED=1 RUN=runs/demo-1: another seed in a folder of its own)
 #   make test       every test with sampled stress        (ARGS="-k masks" is handed to pytest)
 #   make test-all   every test with full counts, slow ones included
 #   make check      ruff, mypy, import-linter             (make format repairs what ruff can repair)
@@ -39,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup
-	$(BIN)/python -m ernie_elastic.cli demo $(if $(DEMO),--size $(DEMO))
+	$(BIN)/python -m ernie_elastic.cli demo $(if $(DEMO),--size $(DEMO)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run-dir $(RUN))
 
 test: setup
 	$(PYTEST) $(ARGS)

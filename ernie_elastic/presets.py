@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ernie_elastic.data.augmentation import Augmentation, Flips
 from ernie_elastic.data.prepare import PrepareConfig
+from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.sizes import ModelSizes
+from ernie_elastic.tokenizers.visual import VisualTokenizerConfig
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
@@ -45,13 +47,21 @@ class RunConfig:
 
 # What a run of minutes does without: each of these costs steps, and its gain shows on longer runs only.
 SHORT_RUN = TrainingConfig(
-    loss_weights=LossWeights(image=4.0, video=4.0),
+    loss_weights=LossWeights(image=4.0, video=4.0, text_length_power=0.5),
     posterior=PosteriorWeights(enabled=False),
     augmentation=Augmentation(Flips(frame_growth=0.0, inherit_error=False)),
 )
 DEMO_MODEL = ModelSizes(
-    rope_theta=10_000.0, mrope_layout="interleaved", initializer_range=0.05, audio_input="continuous"
+    rope_theta=10_000.0,
+    mrope_layout="interleaved",
+    initializer_range=0.05,
+    audio_input="continuous",
+    understanding_patch=8,
+    visual_place_embedding=True,
 )
+# One cell of the code, and one token of the reader, for each cell of the world's 3x3 grid.
+DEMO_WORLD = WorldConfig(image_size=48, video_size=48)
+DEMO_CODE = VisualTokenizerConfig(image_size=48, patch=16, scales=((1, 1), (3, 3), (3, 3)), amplitudes=(0.35, 0.8, 0.6))
 
 
 def demo() -> RunConfig:
@@ -59,16 +69,18 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
+        tokenizers=TokenizerTrainingConfig(world=DEMO_WORLD, visual=DEMO_CODE),
+        prepare=PrepareConfig(world=DEMO_WORLD, num_records=40_000, row_length=128),
         training=dataclasses.replace(
             SHORT_RUN,
-            steps=1600,
-            rows_per_step=6,
+            steps=1400,
+            rows_per_step=18,
             optimizer="muon",
             zero_stage=0,
             learning_rate=1.5e-3,
-            checkpoint_every=400,
+            checkpoint_every=350,
         ),
-        elastic=ElasticConfig(layer_policy="uniform", start_share=0.625),
+        elastic=ElasticConfig(layer_policy="uniform", start_share=0.5),
     )
 
 
@@ -86,8 +98,8 @@ def debug() -> RunConfig:
             num_experts=8,
             understanding_width=32,
         ),
-        tokenizers=TokenizerTrainingConfig.smoke(),
-        prepare=PrepareConfig(num_records=400, records_per_shard=200),
+        tokenizers=dataclasses.replace(TokenizerTrainingConfig.smoke(), world=DEMO_WORLD, visual=DEMO_CODE),
+        prepare=PrepareConfig(world=DEMO_WORLD, num_records=400, records_per_shard=200),
         training=dataclasses.replace(
             SHORT_RUN, steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5)
         ),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.errors import CheckpointError, DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.tokenizers.audio import AudioTokenizer
@@ -54,6 +55,12 @@ class Tokenizers:
         for name in TOKENIZER_NAMES:
             (directory / name).mkdir(parents=True, exist_ok=True)
             getattr(self, name).save(directory / name)
+
+
+def world_of(tokenizers: Tokenizers) -> WorldConfig:
+    """The embedded world at the picture size and sample rate that these tokenizers read."""
+    size, rate = tokenizers.visual.config.image_size, tokenizers.audio.config.sample_rate
+    return WorldConfig(image_size=size, video_size=size, sample_rate=rate)
 
 
 def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tokens]]:

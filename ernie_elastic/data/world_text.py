@@ -67,19 +67,27 @@ def _count(number: int) -> str:
 
 
 def scene_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A target caption: size, colour, shape and place of every object in reading order."""
+    """A target caption: place, size, colour and shape of every object in reading order.
+
+    ours: who has said the place knows where to look for the rest.
+    """
     items = reading_order(scene)
-    listed = " and ".join(f"{_thing(item)} {_at(item.place)}" for item in items)
+    listed = " and ".join(f"{_at(item.place)} {_thing(item)}" for item in items)
     return _choose(rng, CAPTION_FRAMES).format(listed, n=_count(len(items)))
 
 
 def _describe(scene: Scene, rng: np.random.Generator) -> str:
-    """The objects in any order, each place before or after its object."""
+    """The objects in any order, each after its place; a single one before it as well.
+
+    ours: a causal reader of an object's words then knows their place. With places after their objects a short run never
+    learned which of two objects belongs where (docs/decisions.md).
+    """
     items = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
     parts = []
     for item in items:
         place = "in the middle" if item.place == "centre" and rng.integers(2) else _at(item.place)
-        parts.append(f"{place} {_thing(item)}" if rng.integers(4) == 0 else f"{_thing(item)} {place}")
+        after = len(items) > 1 or rng.integers(2)
+        parts.append(f"{place} {_thing(item)}" if after else f"{_thing(item)} {place}")
     return " and ".join(parts)
 
 
@@ -96,21 +104,23 @@ def _event(clip: Clip, rng: np.random.Generator) -> str:
     return _choose(rng, EVENT_VERBS[clip.event])
 
 
-def _clip_story(clip: Clip, rng: np.random.Generator) -> str:
-    story = f"{_thing(clip.mover)} {_at(clip.mover.place)} {_event(clip, rng)}"
+def _clip_story(clip: Clip, rng: np.random.Generator, place_first: bool) -> str:
+    mover = (_at(clip.mover.place), _thing(clip.mover))
+    story = f"{' '.join(mover if place_first else mover[::-1])} {_event(clip, rng)}"
     if clip.still is not None:
-        story += f" , {_thing(clip.still)} {_choose(rng, STAYS)} {_at(clip.still.place)}"
+        story += f" , {_at(clip.still.place)} {_thing(clip.still)} {_choose(rng, STAYS)}"
     return story
 
 
 def clip_caption(clip: Clip, rng: np.random.Generator) -> str:
-    """A target caption of a clip: the mover, its place in the first frame (or where it appears), the event."""
-    return _clip_story(clip, rng)
+    """A target caption of a clip: place of the mover in the first frame (or where it appears), mover, event."""
+    return _clip_story(clip, rng, place_first=True)
 
 
 def clip_prompt(clip: Clip, rng: np.random.Generator) -> str:
-    """A prompt for a clip."""
-    return _choose(rng, CLIP_PROMPT_FRAMES).format(_clip_story(clip, rng))
+    """A prompt for a clip: as the caption; a lone mover stands before its place as well."""
+    place_first = clip.still is not None or bool(rng.integers(2))
+    return _choose(rng, CLIP_PROMPT_FRAMES).format(_clip_story(clip, rng, place_first))
 
 
 def notes_caption(phrase: Phrase, rng: np.random.Generator) -> str:

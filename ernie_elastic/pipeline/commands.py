@@ -54,10 +54,10 @@ def train_tokenizer(
     """
     import dataclasses
 
-    from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
+    from ernie_elastic.presets import debug, demo
     from ernie_elastic.training.train_tokenizer import train_tokenizer as train
 
-    config = TokenizerTrainingConfig.smoke() if size == "smoke" else TokenizerTrainingConfig()
+    config = debug().tokenizers if size == "smoke" else demo().tokenizers
     train(kind, out, dataclasses.replace(config, seed=seed), overwrite=overwrite)
 
 
@@ -84,12 +84,15 @@ def prepare_data(
     """
     from ernie_elastic.data.prepare import PrepareConfig
     from ernie_elastic.data.prepare import prepare_data as prepare
-    from ernie_elastic.data.tokenise import Tokenizers
+    from ernie_elastic.data.tokenise import Tokenizers, world_of
     from ernie_elastic.modeling.generation import layout_of
-    from ernie_elastic.modeling.sizes import ModelSizes
+    from ernie_elastic.presets import demo
 
-    config = PrepareConfig(num_records=num_records, row_length=row_length, seed=seed, num_workers=num_workers)
-    layout = layout_of(ModelSizes().to_config(Tokenizers.load(tokenizers)))
+    loaded = Tokenizers.load(tokenizers)
+    config = PrepareConfig(
+        num_records=num_records, row_length=row_length, seed=seed, num_workers=num_workers, world=world_of(loaded)
+    )
+    layout = layout_of(demo().model.to_config(loaded))
     prepare(tokenizers, out, config, layout, overwrite=overwrite)
 
 

@@ -98,19 +98,28 @@ def run_demo(size: Literal["full", "smoke"], run_dir: Path | None, ranks: int, s
 
 
 class _Clock:
-    """Seconds of every stage, kept over reruns: a stage that is skipped keeps the time it once took."""
+    """Seconds of every stage, kept over reruns: what is skipped keeps the time it once took, what was stopped and goes
+    on counts both sessions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+        self.unfinished: dict[str, float] = kept.get("unfinished", {})
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
-        begun = time.perf_counter()
-        result = work()
-        took = time.perf_counter() - begun
-        self.seconds[name] = round(max(took, self.seconds.get(name, 0.0)), 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.seconds)
+        begun, done = time.perf_counter(), False
+        try:
+            result = work()
+            done = True
+        finally:
+            took = time.perf_counter() - begun + self.unfinished.pop(name, 0.0)
+            if done:
+                self.seconds[name] = round(max(took, self.seconds.get(name, 0.0)), 1)
+            else:
+                self.unfinished[name] = round(took, 1)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"seconds": self.seconds, "unfinished": self.unfinished})
         return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ernie_elastic.data.tokenise import world_of
 from ernie_elastic.evaluation.media import write_results
 from ernie_elastic.evaluation.tasks import EvaluationConfig, TaskResult, evaluate
 from ernie_elastic.modeling.loading import load_model, load_tokenizers, resolve_model_dir
@@ -18,8 +19,8 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Judge the model of `source` into the stage directory `out` and print its table; returns the table."""
     directory = resolve_model_dir(source)
-    config = EvaluationConfig(num_samples=num_samples, seed=seed)
     tokenizers = load_tokenizers(directory)
+    config = EvaluationConfig(num_samples=num_samples, seed=seed, world=world_of(tokenizers))
     results = evaluate(load_model(directory), tokenizers, config, name or directory.name)
     with stage_output(out, STAGE, config, parent=directory, overwrite=overwrite) as temporary:
         table = write_results(results, temporary, name or directory.name, tokenizers.audio.config.sample_rate)

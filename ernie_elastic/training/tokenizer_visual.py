@@ -35,7 +35,8 @@ class VisualTrainingConfig:
     warmup_share: share of the steps that train with noise in place of the quantiser. noise: its deviation, in units
     of the latents'. coarse_share: share of the pictures of a step that are decoded from a random number of coarse
     scales. coarse_weight: weight of their loss. absolute_weight: of the absolute beside the squared error.
-    commitment: weight of the distance between a latent and its quantised value.
+    commitment: weight of the distance between a latent and its quantised value. flip_rate: share of the bits that the
+    decoder reads wrongly while it learns, so that a generator's single errors do little (ours).
     """
 
     steps: int = 3200
@@ -47,6 +48,7 @@ class VisualTrainingConfig:
     coarse_weight: float = 0.2
     absolute_weight: float = 0.05
     commitment: float = 0.02
+    flip_rate: float = 0.03
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.batch_size < 2:
@@ -58,6 +60,8 @@ class VisualTrainingConfig:
                 f"visual training: warmup_share {self.warmup_share} must lie in (0, 1), "
                 f"coarse_share {self.coarse_share} in [0, 1)"
             )
+        if not 0 <= self.flip_rate < 0.5:
+            raise ConfigError(f"visual training: flip_rate {self.flip_rate} must lie in [0, 0.5)")
 
 
 def train_visual_tokenizer(
@@ -171,7 +175,11 @@ def _quantised(
     """(feature with a straight-through gradient, loss weight per picture, the sum of all scales)."""
     with torch.no_grad():
         codes = quantizer.encode(latent)
-        partial_SNhwD = partial_sums(quantizer, codes.targets)
+        read = [
+            torch.where(torch.rand(bits.shape, generator=generator) < training.flip_rate, 1 - bits, bits)
+            for bits in codes.targets
+        ]
+        partial_SNhwD = partial_sums(quantizer, read)
         num_scales = len(quantizer.scales)
         coarse_N = torch.rand(len(latent), generator=generator) < training.coarse_share
         last_N = torch.randint(max(1, num_scales - 1), (len(latent),), generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -371,3 +372,19 @@ def test_jitter_makes_pictures_more_than_a_table() -> None:
     assert len(pictures) == 21
     phrases = [random_phrase(rng, WorldConfig()) for _ in range(20)]
     assert len({(phrase.gain, phrase.cents) for phrase in phrases}) == 20
+
+
+@pytest.mark.parametrize(
+    ("task", "role"), [("text_to_image", 0), ("image_to_text", 1), ("text_to_video", 0), ("text", 0)]
+)
+def test_every_object_of_several_is_named_after_its_place(task: str, role: int) -> None:
+    orders = set()
+    for index in range(80):
+        text = str(world_sample(task, 3, index).segments[role].text).split(" . ")[0]
+        places = [match.start() for match in re.finditer(r"\b(at the|in the)\b", text)]
+        things = [match.start() for match in re.finditer(r"\b(small|large)\b", text)]
+        if len(things) == 2:
+            assert places[0] < things[0] < places[1] < things[1], text
+        else:
+            orders.add(places[0] < things[0])
+    assert orders == ({True} if role else {True, False}), "a lone object stands on either side in what is read"

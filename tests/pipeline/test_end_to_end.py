@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 
 from ernie_elastic import cli
 from ernie_elastic.data.world import WorldConfig, world_sample
+from ernie_elastic.presets import DEMO_WORLD
 from ernie_elastic.stages import sha256_file
+from tests.scripts.test_demo_seeds import made_up_summary
 from tests.support import ROOT
 from tests.support.commands import EXECUTED, program_and_arguments
 
@@ -50,10 +52,15 @@ def folder(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        clip = next(s for s in world_sample("video_to_text", 0, 0).segments if s.kind == "video").array
+        clip = next(
+            s for s in world_sample("video_to_text", 0, 0, "train", DEMO_WORLD).segments if s.kind == "video"
+        ).array
         Image.fromarray(np.concatenate(list(clip), axis=1)).save("strip.png")
         phrase = next(s for s in world_sample("audio_to_text", 0, 0).segments if s.kind == "audio").array
         soundfile.write("phrase.wav", phrase, WorldConfig().sample_rate)
+        for number, name in enumerate(("demo", "demo-1", "demo-2")):
+            (folder / "runs" / name).mkdir(parents=True)
+            (folder / "runs" / name / "summary.json").write_text(json.dumps(made_up_summary(0.1 * number)))
         for line in EXECUTED:
             run_line(line, folder)
     finally:

@@ -49,6 +49,7 @@ EXECUTED: tuple[str, ...] = (
     "ernie-elastic generate runs/debug --audio phrase.wav",
     "ernie-elastic evaluate compressed --out evaluation --num-samples 4",
     "ernie-elastic routing compressed --data runs/debug/packed --out report",
+    "python scripts/demo_seeds.py runs/demo runs/demo-1 runs/demo-2",
     "python scripts/bench/run.py --list",
     "python scripts/bench/run.py codec --quick --json codec.json",
 )
