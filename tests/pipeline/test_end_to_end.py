@@ -121,7 +121,7 @@ def test_decompressed_files_are_identical(folder):
 
 
 def test_generated_files_are_what_they_say(folder):
-    assert Image.open(folder / "picture.png").size == (32, 32)
+    assert Image.open(folder / "picture.png").size == (48, 48)
     assert Image.open(folder / "video.gif").n_frames >= 1
     wave, rate = soundfile.read(folder / "sound.wav")
     assert rate == 16000 and len(wave) % 1280 == 0
