@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.kernels.rms_norm import rms_norm
+from ernie_elastic.kernels.rms_norm import rms_norm, rms_norm_rotary
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 from ernie_elastic.modeling.masks import SequenceMask, flex_block_mask
 from ernie_elastic.modeling.positions import Rotary, apply_rotary
@@ -28,15 +29,25 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def runs_native(self, x: torch.Tensor) -> bool:
+        """Whether x [..., size] is float32 on the CPU, outside of torch.compile."""
+        return x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not is_compiling()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape [..., size]; returns x's dtype."""
-        if (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and not torch.compiler.is_compiling()
-        ):
+        if self.runs_native(x):
             return rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def _norm_and_turn(norm: RMSNorm | None, x_BTAC: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Optional QK-norm, then Uni-RoPE: [B, T, A, C] -> [B, A, T, C]; in one pass where CPUs can."""
+    if norm is not None and norm.runs_native(x_BTAC):
+        turned = rms_norm_rotary(x_BTAC, norm.weight, rotary[0], rotary[1], norm.eps)
+        if turned is not None:
+            return turned
+    normed = x_BTAC if norm is None else norm(x_BTAC)
+    return apply_rotary(normed.transpose(1, 2), *rotary)
 
 
 def eager_attention(
@@ -129,10 +140,8 @@ class ErnieElasticAttention(nn.Module):
         query = self._split_heads(self.q_proj(hidden_states))
         key = self._split_heads(self.k_proj(hidden_states))
         value = self._split_heads(self.v_proj(hidden_states)).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = apply_rotary(query.transpose(1, 2), *position_embeddings)
-        key = apply_rotary(key.transpose(1, 2), *position_embeddings)
+        query = _norm_and_turn(self.q_norm, query, position_embeddings)
+        key = _norm_and_turn(self.k_norm, key, position_embeddings)
         if past_key_values is not None:
             slot = self.layer_idx if cache_layer is None else cache_layer
             key, value = past_key_values.update(key, value, slot)

@@ -7,7 +7,8 @@ import torch
 
 from ernie_elastic.kernels import rms_norm as package
 from ernie_elastic.kernels.native import NativeLibrary
-from ernie_elastic.kernels.rms_norm import available_backends, backend_reason, cpu_impl, rms_norm
+from ernie_elastic.kernels.rms_norm import available_backends, backend_reason, cpu_impl, rms_norm, rms_norm_rotary
+from ernie_elastic.modeling.positions import apply_rotary
 
 needs_native = pytest.mark.skipif("native" not in available_backends(), reason=backend_reason())
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
@@ -74,3 +75,29 @@ def test_without_a_compiler_torch_runs_and_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cpu_impl, "load", lambda: NativeLibrary(None, "no C++ compiler"))
     assert available_backends() == ("torch",)
     assert "no C++ compiler" in backend_reason()
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 12), (3, 40, 4, 32), (2, 300, 2, 64)])
+@pytest.mark.parametrize("batches", ["each", "shared"])
+def test_norm_and_rotation_in_one_pass_are_the_two_steps(shape: tuple[int, ...], batches: str) -> None:
+    x, weight, _ = _inputs(shape)
+    rows = shape[0] if batches == "each" else 1
+    angle_BTP = torch.randn(rows, shape[1], shape[3] // 2, generator=torch.Generator().manual_seed(1))
+    cos, sin = angle_BTP.cos(), angle_BTP.sin()
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).transpose(1, 2)  # not contiguous
+    results = []
+    for fused in (True, False):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if fused:
+            out = rms_norm_rotary(*leaves, cos, sin, 1e-5)
+            assert out is not None
+        else:
+            normed = leaves[0] * torch.rsqrt(leaves[0].square().mean(-1, keepdim=True) + 1e-5) * leaves[1]
+            out = apply_rotary(normed.transpose(1, 2), cos, sin)
+        out.backward(grad)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    with torch.no_grad():
+        assert torch.equal(rms_norm_rotary(x, weight, cos, sin, 1e-5), results[0][0])

@@ -1,7 +1,9 @@
-"""ctypes front of rms_norm.cpp: float32 rows on the CPU, forward and backward in one pass over memory each.
+"""ctypes front of rms_norm.cpp: float32 on the CPU, forward and backward in one pass over memory each.
 
 Built at first use; where there is no compiler or no OpenMP runtime, `load().reason` says so and torch_impl runs.
 Every call releases the GIL.
+
+Letters: B rows, T positions, A heads, C head width, P = C / 2 rotary pairs.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from torch import Tensor
 from ernie_elastic.kernels.native import NativeLibrary, build_and_load
 from ernie_elastic.kernels.zip_gemv.cpu_impl import openmp_parallel
 
-ABI = 1
+ABI = 2
 # Numbers that a thread takes at once; below one chunk no thread is woken.
 CHUNK_NUMBERS = 1 << 15
 _P, _I64 = ctypes.c_void_p, ctypes.c_int64
+Turn = tuple[Tensor, Tensor]
 
 
 @functools.cache
@@ -36,8 +39,8 @@ def load() -> NativeLibrary:
         return NativeLibrary(None, f"the built library has ABI {library.norm_abi()}, this package needs {ABI}")
     library.norm_use.argtypes = (_P,)
     library.norm_use(parallel)
-    library.norm_forward.argtypes = (*(_P,) * 4, *(_I64,) * 4, ctypes.c_float)
-    library.norm_backward.argtypes = (*(_P,) * 7, *(_I64,) * 4)
+    library.norm_forward.argtypes = (*(_P,) * 6, *(_I64,) * 4, ctypes.c_float, _I64, _I64)
+    library.norm_backward.argtypes = (*(_P,) * 9, *(_I64,) * 6)
     library.norm_forward.restype = library.norm_backward.restype = None
     return NativeLibrary(library, f"{native.reason}, torch's OpenMP threads")
 
@@ -46,25 +49,41 @@ def _chunk(size: int) -> int:
     return max(1, CHUNK_NUMBERS // size)
 
 
-def forward(library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Contiguous x [..., size] and weight [size] -> the result, and 1 / rms [rows] if `keep`."""
+def forward(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, keep: bool, turn: Turn | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Contiguous x [..., size] and weight [size] -> the result, and 1 / rms [rows] if `keep`.
+
+    turn: cos and sin, contiguous float32 [B, T, P], of x [B, T, A, C]; the result is then [B, A, T, C].
+    """
     size = x.shape[-1]
     rows = x.numel() // size
-    out = torch.empty_like(x)
     scale = x.new_empty(rows) if keep else None
     address = None if scale is None else scale.data_ptr()
-    library.norm_forward(
-        x.data_ptr(), weight.data_ptr(), address, out.data_ptr(), rows, size, _chunk(size), torch.get_num_threads(), eps
-    )
+    cos = sin = None
+    positions = heads = 1
+    if turn is None:
+        out = torch.empty_like(x)
+    else:
+        batch, positions, heads, _ = x.shape
+        cos, sin = turn[0].data_ptr(), turn[1].data_ptr()
+        out = x.new_empty(batch, heads, positions, size)
+    chunk, threads = _chunk(size), torch.get_num_threads()
+    tensors = (x.data_ptr(), weight.data_ptr(), address, out.data_ptr(), cos, sin)
+    library.norm_forward(*tensors, rows, size, chunk, threads, eps, positions, heads)
     return out, scale
 
 
-def backward(library: ctypes.CDLL, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient [..., size] of the result -> those of x and weight."""
+def backward(
+    library: ctypes.CDLL, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, turn: Turn | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the result, of its shape -> those of x and weight."""
     size, rows = x.shape[-1], scale.numel()
     chunk, grad = _chunk(size), grad.contiguous()
     x_grad, weight_grad = torch.empty_like(x), torch.empty_like(weight)
     partial = x.new_empty(-(-rows // chunk) * size)
-    tensors = (grad, x, weight, scale, x_grad, partial, weight_grad)
-    library.norm_backward(*(t.data_ptr() for t in tensors), rows, size, chunk, torch.get_num_threads())
+    tensors: list[int | None] = [t.data_ptr() for t in (grad, x, weight, scale, x_grad, partial, weight_grad)]
+    tensors += [None, None] if turn is None else [t.data_ptr() for t in turn]
+    positions, heads = (1, 1) if turn is None else x.shape[1:3]
+    library.norm_backward(*tensors, rows, size, chunk, torch.get_num_threads(), positions, heads)
     return x_grad, weight_grad

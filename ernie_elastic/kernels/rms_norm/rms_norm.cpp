@@ -1,4 +1,5 @@
-// RMSNorm over rows of float32, forward and backward, each in one pass over memory.
+// RMSNorm over rows of float32, forward and backward, each in one pass over memory; and RMSNorm of heads followed by
+// their rotation, from [B, T, A, C] to [B, A, T, C].
 //
 // Rows are cut into chunks that the OpenMP threads torch has loaded (GOMP_parallel, handed in as an address) take one
 // by one. A chunk has its own partial sum of the weight's gradient and they are added in order, so results do not
@@ -30,7 +31,17 @@ struct Call {
   float* partial;     // backward: the weight's gradient, one row a chunk
   int64_t rows, size, chunk, threads;
   float eps;
+  // Rotation alone: cos and sin [B, T, size / 2], and the lengths of T and A.
+  const float* cos;
+  const float* sin;
+  int64_t positions, heads;
 };
+
+// The row of [B, A, T, size] that row (b, t, a) of [B, T, A, size] becomes.
+int64_t turned_row(const Call& c, int64_t row) {
+  const int64_t place = row / c.heads, head = row % c.heads;
+  return (place / c.positions * c.heads + head) * c.positions + place % c.positions;
+}
 
 float sum(const float* lane) {
   float total = 0.0f;
@@ -81,6 +92,52 @@ FOR_EVERY_CPU void backward_rows(const Call& c, int64_t begin, int64_t end) {
   }
 }
 
+FOR_EVERY_CPU void forward_turned(const Call& c, int64_t begin, int64_t end) {
+  const int64_t half = c.size / 2;
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = c.x + row * c.size;
+    const float* cos = c.cos + row / c.heads * half;
+    const float* sin = c.sin + row / c.heads * half;
+    float* out = c.out + turned_row(c, row) * c.size;
+    float square = 0.0f;
+    for (int64_t j = 0; j < c.size; ++j) square += x[j] * x[j];
+    const float scale = 1.0f / std::sqrt(square / static_cast<float>(c.size) + c.eps);
+    if (c.scale) c.scale[row] = scale;
+    for (int64_t j = 0; j < half; ++j) {
+      const float even = x[2 * j] * scale * c.weight[2 * j], odd = x[2 * j + 1] * scale * c.weight[2 * j + 1];
+      out[2 * j] = even * cos[j] - odd * sin[j];
+      out[2 * j + 1] = odd * cos[j] + even * sin[j];
+    }
+  }
+}
+
+FOR_EVERY_CPU void backward_turned(const Call& c, int64_t begin, int64_t end) {
+  const int64_t half = c.size / 2;
+  float* weight_grad = c.partial + begin / c.chunk * c.size;
+  std::fill(weight_grad, weight_grad + c.size, 0.0f);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = c.x + row * c.size;
+    const float* grad = c.grad + turned_row(c, row) * c.size;
+    const float* cos = c.cos + row / c.heads * half;
+    const float* sin = c.sin + row / c.heads * half;
+    float* out = c.out + row * c.size;
+    const float scale = c.scale[row];
+    float shared = 0.0f;
+    for (int64_t j = 0; j < half; ++j) {
+      const float even = grad[2 * j] * cos[j] + grad[2 * j + 1] * sin[j];
+      const float odd = grad[2 * j + 1] * cos[j] - grad[2 * j] * sin[j];
+      const float even_product = even * x[2 * j] * scale, odd_product = odd * x[2 * j + 1] * scale;
+      weight_grad[2 * j] += even_product;
+      weight_grad[2 * j + 1] += odd_product;
+      out[2 * j] = even * c.weight[2 * j];
+      out[2 * j + 1] = odd * c.weight[2 * j + 1];
+      shared += even_product * c.weight[2 * j] + odd_product * c.weight[2 * j + 1];
+    }
+    shared /= static_cast<float>(c.size);
+    for (int64_t j = 0; j < c.size; ++j) out[j] = scale * (out[j] - x[j] * scale * shared);
+  }
+}
+
 struct Job {
   const Call* call;
   void (*work)(const Call&, int64_t, int64_t);
@@ -106,20 +163,25 @@ void run(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
 
 extern "C" {
 
-int64_t norm_abi() { return 1; }
+int64_t norm_abi() { return 2; }
 
 void norm_use(void* gomp_parallel) { openmp = reinterpret_cast<OpenMp>(gomp_parallel); }
 
-// scale may be null: nothing is kept for a backward.
-void norm_forward(const float* x, const float* weight, float* scale, float* out, int64_t rows, int64_t size,
-                  int64_t chunk, int64_t threads, float eps) {
-  run(Call{x, weight, nullptr, scale, out, nullptr, rows, size, chunk, threads, eps}, forward_rows);
+// scale may be null: nothing is kept for a backward. cos and sin null: RMSNorm alone, out [rows, size]; else out is
+// [B, heads, positions, size].
+void norm_forward(const float* x, const float* weight, float* scale, float* out, const float* cos, const float* sin,
+                  int64_t rows, int64_t size, int64_t chunk, int64_t threads, float eps, int64_t positions,
+                  int64_t heads) {
+  run(Call{x, weight, nullptr, scale, out, nullptr, rows, size, chunk, threads, eps, cos, sin, positions, heads},
+      cos ? forward_turned : forward_rows);
 }
 
 // partial: [number of chunks, size]; weight_grad [size] is written.
 void norm_backward(const float* grad, const float* x, const float* weight, float* scale, float* x_grad, float* partial,
-                   float* weight_grad, int64_t rows, int64_t size, int64_t chunk, int64_t threads) {
-  run(Call{x, weight, grad, scale, x_grad, partial, rows, size, chunk, threads, 0.0f}, backward_rows);
+                   float* weight_grad, const float* cos, const float* sin, int64_t rows, int64_t size, int64_t chunk,
+                   int64_t threads, int64_t positions, int64_t heads) {
+  run(Call{x, weight, grad, scale, x_grad, partial, rows, size, chunk, threads, 0.0f, cos, sin, positions, heads},
+      cos ? backward_turned : backward_rows);
   std::fill(weight_grad, weight_grad + size, 0.0f);
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const float* part = partial + begin / chunk * size;
