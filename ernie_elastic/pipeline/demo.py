@@ -193,7 +193,8 @@ def _evaluate(sized: DemoSize, name: str, directory: Path) -> dict[str, Any]:
         out, EVALUATE_STAGE, {"num_samples": sized.num_samples}, parent=directory, overwrite=True
     ) as temporary:
         table = write_results(results, temporary, name, tokenizers.audio.config.sample_rate)
-        kernel = set_kernel(model, "fused") if name == "compressed" else f"torch {str(model.dtype)[6:]}"
+        # Judged with the kernel that gives its source's bits; the fused one is what its speed is measured with.
+        kernel = "zip_gemv" if name == "compressed" else f"torch {str(model.dtype)[6:]}"
         row = {
             "model": name,
             "spec": model.config.full_spec().label(),

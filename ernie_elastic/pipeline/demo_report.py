@@ -184,7 +184,10 @@ def _facts(inputs: Inputs) -> list[tuple[str, str]]:
         active = tables.count(full.get("active_params"))
         facts.append((tables.count(full.get("total_params")), f"parameters, {active} active for a token"))
         good, measured = tables.above_chance(full)
-        facts.append((f"{good} of {measured}", "judged tasks above chance, full model (95 % interval clear of it)"))
+        values = [entry["value"] for task in tables.tasks_of([full]) if (entry := tables.accuracy_of(full, task))]
+        if values:
+            clear = f"{good} of {measured} clear of chance (95 % interval)"
+            facts.append((f"{sum(values) / len(values):.0%}", f"of held-out records right, mean of the tasks; {clear}"))
     saved = _saving(rows)
     if saved is not None:
         size = megabytes(rows["compressed"]["model_bytes"])

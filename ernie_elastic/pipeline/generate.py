@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image
 
+from ernie_elastic.data.decoding import fit_frames, fit_image, read_audio, read_image, read_video
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.modeling.answer import GenerationMode, answer
@@ -59,51 +60,25 @@ def run_generate(
 
 def read_media(kind: str, path: Path, tokenizers: Tokenizers) -> Segment:
     """A media file as an input segment, at the size and rate that the tokenizers read; DataError names the file."""
-    size = tokenizers.visual.config.image_size
-    try:
-        if kind == "audio":
-            wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            return Segment(
-                "audio", "input", array=resample(wave.mean(axis=1), rate, tokenizers.audio.config.sample_rate)
-            )
-        with Image.open(path) as picture:
-            if kind == "image":
-                return Segment("image", "input", array=_square(picture, size))
-            return Segment("video", "input", array=_frames(picture, size, path))
-    except (OSError, UnidentifiedImageError, soundfile.LibsndfileError) as error:
-        raise DataError(f"--{kind} {path} cannot be read: {error}") from error
+    size, name = tokenizers.visual.config.image_size, f"--{kind} {path}"
+    if kind == "audio":
+        return Segment("audio", "input", array=read_audio(path, tokenizers.audio.config.sample_rate, name))
+    if kind == "image":
+        return Segment("image", "input", array=fit_image(read_image(path, name), size))
+    return Segment("video", "input", array=fit_frames(_frames(path, name), size))
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX), dtype=np.uint8)
-
-
-def _frames(picture: Image.Image, size: int, path: Path) -> np.ndarray:
-    frames = [_square(frame, size) for frame in ImageSequence.Iterator(picture)]
-    if len(frames) == 1:  # frames side by side
-        count = picture.width // picture.height
-        if count * picture.height != picture.width:
-            raise DataError(
-                f"--video {path} is {picture.width}x{picture.height}; a strip holds square frames side by side"
-            )
-        frames = [
-            _square(picture.crop((i * picture.height, 0, (i + 1) * picture.height, picture.height)), size)
-            for i in range(count)
-        ]
+def _frames(path: Path, name: str) -> np.ndarray:
+    """uint8 [F, H, W, 3] of a video, or of a strip: one picture that holds square frames side by side."""
+    frames = read_video(path, name=name)
+    if len(frames) == 1:
+        height, width = frames.shape[1:3]
+        if width % height:
+            raise DataError(f"{name} is {width}x{height}; a strip holds square frames side by side")
+        frames = np.stack(np.split(frames[0], width // height, axis=1))
     if len(frames) % 4:
-        raise DataError(f"--video {path} has {len(frames)} frames; this model reads a multiple of 4")
-    return np.stack(frames)
-
-
-def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """float32 [n] at `rate` Hz to `target` Hz by linear interpolation over a box-filtered signal."""
-    if rate == target:
-        return wave.astype(np.float32)
-    if rate > target:
-        width = -(-rate // target)
-        wave = np.convolve(wave, np.ones(width) / width, mode="same")
-    length = max(1, round(len(wave) * target / rate))
-    return np.interp(np.arange(length) * rate / target, np.arange(len(wave)), wave).astype(np.float32)
+        raise DataError(f"{name} has {len(frames)} frames at even times; this model reads a multiple of 4")
+    return frames
 
 
 def write_media(value: np.ndarray, out: Path, sample_rate: int) -> None:
