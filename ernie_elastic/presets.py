@@ -15,6 +15,7 @@ from ernie_elastic.tokenizers.visual import VisualTokenizerConfig
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
+from ernie_elastic.training.tokenizer_visual import VisualTrainingConfig
 from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
 
 
@@ -62,6 +63,9 @@ DEMO_MODEL = ModelSizes(
 # One cell of the code, and one token of the reader, for each cell of the world's 3x3 grid.
 DEMO_WORLD = WorldConfig(image_size=48, video_size=48)
 DEMO_CODE = VisualTokenizerConfig(image_size=48, patch=16, scales=((1, 1), (3, 3), (3, 3)), amplitudes=(0.35, 0.8, 0.6))
+DEMO_TOKENIZERS = TokenizerTrainingConfig(
+    world=DEMO_WORLD, visual=DEMO_CODE, visual_training=VisualTrainingConfig(flip_rate=0.03)
+)
 
 
 def demo() -> RunConfig:
@@ -69,7 +73,7 @@ def demo() -> RunConfig:
     return RunConfig(
         run_dir=Path("runs/demo"),
         model=DEMO_MODEL,
-        tokenizers=TokenizerTrainingConfig(world=DEMO_WORLD, visual=DEMO_CODE),
+        tokenizers=DEMO_TOKENIZERS,
         prepare=PrepareConfig(world=DEMO_WORLD, num_records=40_000, row_length=128),
         training=dataclasses.replace(
             SHORT_RUN,
@@ -120,8 +124,11 @@ def small() -> RunConfig:
             mrope_layout="interleaved",
             num_nextn_predict_layers=1,
             video_window=8,
+            understanding_patch=DEMO_MODEL.understanding_patch,
+            visual_place_embedding=True,
         ),
-        prepare=PrepareConfig(num_records=200_000, row_length=1024),
+        tokenizers=DEMO_TOKENIZERS,
+        prepare=PrepareConfig(world=DEMO_WORLD, num_records=200_000, row_length=1024),
         training=TrainingConfig(steps=5000, rows_per_step=32, checkpoint_every=500),
     )
 

@@ -48,7 +48,7 @@ class VisualTrainingConfig:
     coarse_weight: float = 0.2
     absolute_weight: float = 0.05
     commitment: float = 0.02
-    flip_rate: float = 0.03
+    flip_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.batch_size < 2:

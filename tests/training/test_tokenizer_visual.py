@@ -12,10 +12,12 @@ import torch
 from ernie_elastic.data.checkers import checker_agreement
 from ernie_elastic.data.world import world_sample
 from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.presets import demo
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
 from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
 from ernie_elastic.training.tokenizer_visual import (
     VisualTrainingConfig,
+    _quantised,
     measured_amplitudes,
     partial_sums,
     train_visual_tokenizer,
@@ -96,18 +98,33 @@ def test_bad_data_and_budgets_are_refused() -> None:
         VisualTrainingConfig(steps=1)
     with pytest.raises(ConfigError, match="warmup_share 1"):
         VisualTrainingConfig(warmup_share=1.0)
+    with pytest.raises(ConfigError, match="flip_rate"):
+        VisualTrainingConfig(flip_rate=0.5)
+
+
+def test_wrong_bits_reach_the_decoder_while_it_learns() -> None:
+    quantizer = MultiScaleBits(((1, 1), (2, 2)), (0.5, 0.5))
+    latent = torch.randn(64, 2, 2, 6, generator=torch.Generator().manual_seed(0))
+    features = [
+        _quantised(latent, quantizer, VisualTrainingConfig(flip_rate=rate, coarse_share=0.0), generator)[0]
+        for rate in (0.0, 0.2)
+        for generator in [torch.Generator().manual_seed(1)]
+    ]
+    torch.testing.assert_close(features[0], quantizer.encode(latent).total)
+    changed = (features[0] - features[1]).abs() > 0.5
+    assert 0.2 < changed.float().mean() < 0.4, "a cell's bit is wrong where one of two scales was flipped, and not both"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_real_budget_reaches_97_percent() -> None:
-    data = TokenizerTrainingConfig()
+    data = demo().tokenizers
     tokenizer, _ = train_visual_tokenizer(world_pictures(data), data.visual, data.visual_training)
     for count in (1, 2):
         world = dataclasses.replace(data.world, min_objects=count, max_objects=count)
         samples = [world_sample("text_to_image", 0, index, "test", world) for index in range(400)]
         decoded = list(tokenizer.reconstruct(np.stack([sample.segments[-1].array for sample in samples])).numpy())
         assert checker_agreement("text_to_image", [sample.truth for sample in samples], decoded) >= 0.97
-    clips = [world_sample("text_to_video", 0, index, "test") for index in range(200)]
+    clips = [world_sample("text_to_video", 0, index, "test", data.world) for index in range(200)]
     films = [tokenizer.reconstruct(sample.segments[-1].array).numpy() for sample in clips]
     assert checker_agreement("text_to_video", [sample.truth for sample in clips], films) >= 0.97
