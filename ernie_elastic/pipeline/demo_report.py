@@ -306,9 +306,9 @@ def _foot(inputs: Inputs) -> str:
     """What the page does and does not show, and everything that was missing."""
     lines = (
         "<footer><p class='soft'>What this shows: that every stage of the pipeline does its job, from raw records to a "
-        "compressed model. What it does not show: quality at scale. The world is tiny and drawn by a program, the cells "
-        "of its 3x3 grid are the cells of the picture code, and the model is small. Samples are the first ones that the "
-        "evaluation kept of the held-out split, right or wrong.</p>"
+        "compressed model. What it does not show: quality at scale. The world is tiny and drawn by a program, the "
+        "cells of its 3x3 grid are the cells of the picture code, and the model is small. Samples are the first ones "
+        "that the evaluation kept of the held-out split, right or wrong.</p>"
     )
     if inputs.missing:
         names = ", ".join(f"<code>{escape(name)}</code>" for name in sorted(set(inputs.missing)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ from ernie_elastic.errors import ConfigError
 from tests.support import ROOT
 
 RUN = ROOT / "scripts" / "bench" / "run.py"
-REQUIRED = {"codec": {"zipnn", "zstd"}, "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"}}
+REQUIRED = {
+    "codec": {"zipnn", "zstd"},
+    "tokenizers": {"utf8_bpe"},
+    "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"},
+}
 
 
 @pytest.fixture
@@ -101,6 +106,68 @@ def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rows(rows, REQUIRED["zip_gemv_cpu"])
     assert [row["case"].split(" (")[0] for row in rows] == ["64x96 M=1", "64x96 M=4"]
     assert all(set(row["theirs"]) == REQUIRED["zip_gemv_cpu"] for row in rows)
+
+
+def write_catalog(file: Path, messages: dict[str, str]) -> None:
+    """A compiled gettext catalog of these messages."""
+    file.parent.mkdir(parents=True)
+    strings = [text.encode() for text in (*messages, *messages.values())]
+    begin = 28 + 8 * len(strings)
+    starts = [begin + sum(len(text) + 1 for text in strings[:k]) for k in range(len(strings))]
+    head = struct.pack("<7I", 0x950412DE, 0, len(messages), 28, 28 + 4 * len(strings), 0, begin)
+    table = b"".join(struct.pack("<2I", len(text), start) for text, start in zip(strings, starts, strict=True))
+    file.write_bytes(head + table + b"".join(text + b"\0" for text in strings))
+
+
+def test_tokenizers_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizers: ModuleType = bench("tokenizers")
+    texts = [f"Слово {k} и ещё {k * 7} слов" for k in range(200)]
+    monkeypatch.setattr(
+        tokenizers, "corpus", lambda quick: [tokenizers.Texts("Cyrillic (ru)", texts[:150], texts[150:])]
+    )
+    monkeypatch.setattr(tokenizers, "QUICK_VOCABULARIES", (300,))
+    monkeypatch.setattr(tokenizers, "VISUAL", {"tiny": tokenizers.presets.DEMO_CODE})
+    monkeypatch.setattr(tokenizers, "BATCHES", (2,))
+    monkeypatch.setattr(tokenizers, "SOUNDS", ((1, 0.2),))
+    rows = [row.to_json() for row in tokenizers.run(True)]
+    check_rows(rows, REQUIRED["tokenizers"])
+    assert [row["unit"] for row in rows[::2]] == ["bytes/token", "tokens/s", "pictures/s", "s of sound/s"]
+    assert rows[0]["case"].startswith("300 ids: Cyrillic (ru), ") and rows[0]["ours"] == rows[1]["ours"] > 1
+    assert [set(row["theirs"]) for row in rows] == [{"utf8_bpe"}] * 4 + [set()] * 4
+    assert [row["case"] for row in rows[4:6]] == ["tiny, batch 2, encode", "tiny, batch 2, decode"]
+
+
+def test_tokenizers_find_texts_and_say_what_is_missing(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers: ModuleType = bench("tokenizers")
+    english = [f"{chr(97 + k % 26) * (k // 26 + 1)} is a message that is long enough to be taken" for k in range(400)]
+    greek = {f"context\4{text}": f"μήνυμα {text}" for text in english}
+    write_catalog(tmp_path / "el" / "LC_MESSAGES" / "a.mo", {"short": "σύντομο", **greek})
+    write_catalog(tmp_path / "ru" / "LC_MESSAGES" / "a.mo", {text: f"сообщение {text}" for text in english})
+    (tmp_path / "ka" / "LC_MESSAGES").mkdir(parents=True)
+    (tmp_path / "ka" / "LC_MESSAGES" / "a.mo").write_bytes(b"\xde\x12\x04\x95 damaged")
+    monkeypatch.setattr(tokenizers, "locale_folders", lambda: [tmp_path])
+    monkeypatch.setattr(tokenizers, "MIN_TRAIN_BYTES", 1000)
+    monkeypatch.setattr(tokenizers, "MIN_HELD_OUT_BYTES", 100)
+    found = {item.name: item for item in tokenizers.corpus(True)}
+    assert set(found) - {"English (Python's documentation)"} == {"Cyrillic (ru)", "Greek (el)"}
+    sides = [
+        {
+            text.partition(" ")[2]
+            for item in found.values()
+            for text in getattr(item, side)
+            if "μ" in text or "щ" in text
+        }
+        for side in ("train", "held_out")
+    ]
+    assert all(sides) and not sides[0] & sides[1]
+    assert "script Georgian is left out: 0 + 0 bytes found" in capsys.readouterr().err
+
+
+def test_tokenizers_that_lose_text_are_not_timed(bench: Any) -> None:
+    with pytest.raises(RuntimeError, match="ours does not give back 'two'"):
+        bench("tokenizers").encode_all({"ours": (lambda text: [len(text)], lambda ids: "one")}, ["one", "two"])
 
 
 def test_interleave_runs_variants_in_turn_and_takes_medians(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
