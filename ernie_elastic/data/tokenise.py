@@ -74,7 +74,7 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
     for sample in samples:
         for segment in sample.segments:
             if segment.kind in ("image", "video"):
-                frames.extend(_frames(sample, segment))
+                frames.extend(_frames(sample, segment, tokenizers))
             elif segment.kind == "audio":
                 waves.append(_array(sample, segment))
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 parts.append(Tokens("audio", segment.role, codes=steps, features=features, speaker=segment.speaker))
             else:
                 assert latents is not None
-                frame_list = _frames(sample, segment)
+                frame_list = _frames(sample, segment, tokenizers)
                 encoded = latents[next_frame : next_frame + len(frame_list)]
                 next_frame += len(frame_list)
                 pixels = np.stack(frame_list) if segment.role == "input" else None
@@ -112,11 +112,17 @@ def _array(sample: Sample, segment: Segment) -> np.ndarray:
     return segment.array
 
 
-def _frames(sample: Sample, segment: Segment) -> list[np.ndarray]:
+def _frames(sample: Sample, segment: Segment, tokenizers: Tokenizers) -> list[np.ndarray]:
     array = _array(sample, segment)
     if array.dtype != np.uint8 or array.ndim != (3 if segment.kind == "image" else 4) or array.shape[-1] != 3:
         raise DataError(
             f"record {sample.key}: its {segment.kind} has dtype {array.dtype} and shape {array.shape}; expected uint8 "
             + ("[H, W, 3]" if segment.kind == "image" else "[F, H, W, 3]")
+        )
+    size = tokenizers.visual.config.image_size
+    if array.shape[-3:-1] != (size, size):
+        raise DataError(
+            f"record {sample.key}: its {segment.kind} has {array.shape[-3]}x{array.shape[-2]} pixels; this visual "
+            f"tokenizer reads {size}x{size} (data.decoding.fit_image makes them fit)"
         )
     return [array] if segment.kind == "image" else list(array)
