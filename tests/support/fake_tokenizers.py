@@ -9,7 +9,7 @@ from ernie_elastic.tokenizers.quantizers import MultiScaleBits
 
 
 def fake_tokenizers() -> Any:
-    """Sizes of the demo's tokenizers."""
+    """Sizes of tokenizers with four scales of pictures."""
     special = SimpleNamespace(pad=0, bos=1, eos=2, boi=3, eoi=4, bov=5, eov=6, boa=7, eoa=8, next_frame=9)
     scales = ((1, 1), (2, 2), (4, 4), (4, 4))
     return SimpleNamespace(
