@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
+from transformers.integrations import moe
 
 from ernie_elastic.compression.config import KERNELS
 from ernie_elastic.errors import ConfigError, FormatError
@@ -262,9 +262,9 @@ def packed_experts_forward(
 
 def _is_plain_swiglu(module: nn.Module) -> bool:
     """Whether the experts compute silu(gate) * up, by Transformers' own gate and activation."""
-    return isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation) and (
-        getattr(type(module), "_apply_gate", None) is _default_apply_gate
-    )
+    gate, default = getattr(type(module), "_apply_gate", None), getattr(moe, "_default_apply_gate", None)
+    plain = gate is not None and gate is default
+    return plain and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
 def check_fusable(module: nn.Module) -> None:

@@ -30,8 +30,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def runs_native(self, x: torch.Tensor) -> bool:
-        """Whether x [..., size] is float32 on the CPU, outside of torch.compile."""
-        return x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not is_compiling()
+        """Whether x [..., size] and the weight are float32 on the CPU, outside of torch.compile."""
+        on_cpu = x.device.type == self.weight.device.type == "cpu"
+        return on_cpu and x.dtype == self.weight.dtype == torch.float32 and not is_compiling()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape [..., size]; returns x's dtype."""
@@ -42,7 +43,9 @@ class RMSNorm(nn.Module):
 
 def _norm_and_turn(norm: RMSNorm | None, x_BTAC: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Optional QK-norm, then Uni-RoPE: [B, T, A, C] -> [B, A, T, C]; in one pass where CPUs can."""
-    if norm is not None and norm.runs_native(x_BTAC):
+    # Hooks (an offloaded weight, say) run with the module alone; they also wrap its forward in its own dictionary.
+    hooked = norm is not None and (norm._forward_pre_hooks or norm._forward_hooks or "forward" in vars(norm))
+    if norm is not None and not hooked and norm.runs_native(x_BTAC):
         turned = rms_norm_rotary(x_BTAC, norm.weight, rotary[0], rotary[1], norm.eps)
         if turned is not None:
             return turned

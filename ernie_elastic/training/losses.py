@@ -16,7 +16,8 @@ class LossWeights:
     """Fixed weight of each mean loss. mtp: paper, section 1.4 (0.3 in the 8K stage, 0.1 in mid-training).
 
     text_length_power p: each target token of a document with n of them counts n^-p, so that a long caption does not
-    drown a short answer. peer: InternVL 2.5 uses 0.5; 0 = every token counts the same.
+    drown a short answer; the logged text loss is that weighted mean. peer: InternVL 2.5 uses 0.5; 0 = every token
+    counts the same.
     """
 
     text: float = 1.0

@@ -26,6 +26,7 @@ from ernie_elastic.compression import (
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.quantizer import TbeHfQuantizer
 from ernie_elastic.errors import ConfigError, FormatError
+from ernie_elastic.kernels import zip_gemv
 from tests.compression.conftest import CONFIGS, SIZES, Pair
 from tests.compression.test_directory import change_byte
 
@@ -172,6 +173,23 @@ def test_fused_kernel_is_close_and_decode_comes_back_exactly(pairs: Pairs, name:
     torch.testing.assert_close(one, pair.dense()(prompt()[:1, :1]).logits, rtol=1e-4, atol=1e-5)
     set_kernel(packed, "decode")
     assert torch.equal(logits(packed), expected)
+
+
+@pytest.mark.skipif("native" not in zip_gemv.available_backends(), reason=zip_gemv.backend_reason())
+def test_plain_swiglu_experts_run_in_one_call_and_others_do_not(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, calls = pairs("qwen3_moe").packed(), []
+    real = zip_gemv.experts
+    monkeypatch.setattr(zip_gemv, "experts", lambda *args: calls.append(args) or real(*args))
+    set_kernel(packed, "fused")
+    expected = packed(prompt()[:1, :1]).logits
+    layers = packed.config.num_hidden_layers
+    assert len(calls) == layers
+    experts = [module for module in packed.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "act_fn")]
+    assert len(experts) == layers
+    own = type(experts[0])._apply_gate
+    monkeypatch.setattr(type(experts[0]), "_apply_gate", lambda self, gate_up: own(self, gate_up))
+    torch.testing.assert_close(packed(prompt()[:1, :1]).logits, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == layers, "a gate of its own is not the one that C++ computes"
 
 
 def test_fused_is_refused_where_it_cannot_run(pairs: Pairs) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels import rms_norm as package
 from ernie_elastic.kernels.native import NativeLibrary
 from ernie_elastic.kernels.rms_norm import available_backends, backend_reason, cpu_impl, rms_norm, rms_norm_rotary
 from ernie_elastic.modeling.positions import apply_rotary
+from tests.modeling.common import tiny_model
 
 needs_native = pytest.mark.skipif("native" not in available_backends(), reason=backend_reason())
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
@@ -72,15 +74,53 @@ def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_compiler_torch_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, weight, grad) = tiny_model(qk_norm=True), _inputs((4, 16))
+    hidden, position = torch.randn(2, 5, model.config.hidden_size), torch.arange(10.0).view(2, 5)
+    rotary, attention = model.model.rotary_emb(position), model.model.layers[0].self_attn
+    native, layer = _run(x, weight, grad), attention(hidden, rotary)[0]
     monkeypatch.setattr(cpu_impl, "load", lambda: NativeLibrary(None, "no C++ compiler"))
-    assert available_backends() == ("torch",)
-    assert "no C++ compiler" in backend_reason()
+    package._library.cache_clear()
+    try:
+        assert available_backends() == ("torch",)
+        assert "no C++ compiler" in backend_reason()
+        assert rms_norm_rotary(torch.ones(1, 1, 1, 2), torch.ones(2), *torch.ones(2, 1, 1, 1), 1e-5) is None
+        for ours, theirs in zip(_run(x, weight, grad), native, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(attention(hidden, rotary)[0], layer, rtol=1e-5, atol=1e-5)
+    finally:
+        package._library.cache_clear()
+
+
+def test_hooks_of_the_norm_still_run() -> None:
+    model, calls = tiny_model(qk_norm=True), []
+    attention = model.model.layers[0].self_attn
+    attention.q_norm.register_forward_hook(lambda *_: calls.append("q"))
+    hidden = torch.randn(1, 3, model.config.hidden_size)
+    attention(hidden, model.model.rotary_emb(torch.arange(3.0)[None]))
+    assert calls == ["q"]
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    x, weight = torch.ones(2, 3, 2, 4), torch.ones(4)
+    angles = torch.ones(2, 3, 2)
+    for wrong in ((x, torch.ones(5)), (x.double(), weight), (x, weight.double())):
+        with pytest.raises(ConfigError, match="rms_norm"):
+            rms_norm(*wrong, 1e-5)
+        with pytest.raises(ConfigError, match="rms_norm"):
+            rms_norm_rotary(*wrong, angles, angles, 1e-5)
+    for cos, sin in ((angles, torch.ones(2, 3, 1)), (torch.ones(2, 3, 3), torch.ones(2, 3, 3))):
+        with pytest.raises(ConfigError, match="rms_norm_rotary"):
+            rms_norm_rotary(x, weight, cos, sin, 1e-5)
 
 
 @needs_native
-@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 12), (3, 40, 4, 32), (2, 300, 2, 64)])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (1, 1, 1, 2), (2, 5, 3, 12), (3, 40, 4, 32), (2, 300, 2, 64)])
 @pytest.mark.parametrize("batches", ["each", "shared"])
-def test_norm_and_rotation_in_one_pass_are_the_two_steps(shape: tuple[int, ...], batches: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_norm_and_rotation_in_one_pass_are_the_two_steps(
+    shape: tuple[int, ...], batches: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, weight, _ = _inputs(shape)
     rows = shape[0] if batches == "each" else 1
     angle_BTP = torch.randn(rows, shape[1], shape[3] // 2, generator=torch.Generator().manual_seed(1))

@@ -265,5 +265,14 @@ def test_experts_that_do_not_fit_one_call_are_left_to_the_caller() -> None:
     gate_up, down = zip_gemv.pack(gaussian(4 * 16, 8)), zip_gemv.pack(gaussian(4 * 8, 8))
     many = torch.zeros(cpu_impl.FUSED_MAX_ROWS + 1, 1, dtype=torch.int64)
     assert zip_gemv.experts(torch.zeros(len(many), 8), gate_up, down, many, torch.ones(len(many), 1)) is None
+    one, ids, weights = torch.zeros(1, 8), many[:1], torch.ones(1, 1)
+    assert zip_gemv.experts(one.double(), gate_up, down, ids, weights) is None
+    assert zip_gemv.experts(one, gate_up, down, ids.int(), weights) is None
+    assert zip_gemv.experts(one, gate_up, down, ids, weights.clone().requires_grad_()) is None
+    for wrong in ((torch.zeros(1, 7), ids, weights), (one, ids, torch.ones(1, 2)), (torch.zeros(2, 8), ids, weights)):
+        with pytest.raises(ConfigError, match="do not fit"):
+            zip_gemv.experts(wrong[0], gate_up, down, *wrong[1:])
+    with pytest.raises(ConfigError, match="do not fit"):
+        zip_gemv.experts(one, down, gate_up, ids, weights)
     with pytest.raises(ConfigError, match="negative"):
         zip_gemv.experts(torch.zeros(1, 8), gate_up, down, -many[:1] - 1, torch.ones(1, 1))

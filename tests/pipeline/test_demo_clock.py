@@ -21,10 +21,10 @@ def test_a_stopped_stage_counts_both_sessions_and_a_skipped_one_its_first(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         _Clock(path).time("training", lambda: _stop(0.3))
     stored = json.loads(path.read_text())
-    assert stored["seconds"] == {} and stored["unfinished"]["training"] == pytest.approx(0.3, abs=0.11)
+    assert stored["seconds"] == {} and stored["unfinished"]["training"] >= 0.3
     second = _Clock(path)
     second.time("training", lambda: time.sleep(0.2))
-    assert 0.4 <= second.seconds["training"] < 2.0 and second.unfinished == {}
+    assert second.seconds["training"] >= 0.5 and second.unfinished == {}
     third = _Clock(path)
     third.time("training", lambda: None)
     assert third.seconds["training"] == second.seconds["training"], "a stage that is there already keeps its time"

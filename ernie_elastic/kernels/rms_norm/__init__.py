@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.rms_norm import cpu_impl, torch_impl
 
 __all__ = ["available_backends", "backend_reason", "rms_norm", "rms_norm_rotary"]
@@ -36,6 +37,14 @@ def _library() -> Any:
     """The native library or None; logged once a process."""
     logger.info(backend_reason())
     return cpu_impl.load().library
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:] or weight.dtype != torch.float32 or x.dtype != torch.float32:
+        raise ConfigError(
+            f"rms_norm: x is {x.dtype} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)}; pass float32 "
+            "[..., size] and float32 [size]"
+        )
 
 
 class _Norm(torch.autograd.Function):
@@ -85,15 +94,21 @@ def rms_norm_rotary(x_BTAC: Tensor, weight_C: Tensor, cos_BTP: Tensor, sin_BTP: 
 
     weight [C], cos and sin [B, T, P] with P = C / 2, all float32 on the CPU. Differentiable once in x and weight. None
     where there is no native back end: the caller takes the two steps apart. ours: reason: apart they are seven small
-    operations a head group, a tenth of a decoding step.
+    operations a head group, a tenth of a decoding step. Raises ConfigError for shapes or dtypes that do not fit.
     """
+    _check(x_BTAC, weight_C)
+    half = x_BTAC.shape[-1] // 2
+    if x_BTAC.ndim != 4 or x_BTAC.shape[-1] % 2 or cos_BTP.shape != sin_BTP.shape or cos_BTP.shape[-1] != half:
+        raise ConfigError(
+            f"rms_norm_rotary: x {tuple(x_BTAC.shape)}, cos {tuple(cos_BTP.shape)}, sin {tuple(sin_BTP.shape)}; pass "
+            "[B, T, A, C] and twice [B, T, C / 2]"
+        )
     library = _library()
     if library is None:
         return None
-    x_BTAC, cos_BTP, sin_BTP = x_BTAC.contiguous(), cos_BTP.contiguous(), sin_BTP.contiguous()
-    shape_BTP = (*x_BTAC.shape[:2], x_BTAC.shape[3] // 2)
-    if cos_BTP.shape != shape_BTP:
-        cos_BTP, sin_BTP = cos_BTP.expand(shape_BTP).contiguous(), sin_BTP.expand(shape_BTP).contiguous()
+    x_BTAC, weight_C = x_BTAC.contiguous(), weight_C.contiguous()
+    shape_BTP = (*x_BTAC.shape[:2], half)
+    cos_BTP, sin_BTP = (angle.float().expand(shape_BTP).contiguous() for angle in (cos_BTP, sin_BTP))
     if torch.is_grad_enabled() and (x_BTAC.requires_grad or weight_C.requires_grad):
         out: Tensor = _TurnedNorm.apply(x_BTAC, weight_C, cos_BTP, sin_BTP, eps)
         return out
@@ -103,8 +118,11 @@ def rms_norm_rotary(x_BTAC: Tensor, weight_C: Tensor, cos_BTP: Tensor, sin_BTP: 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """float32 [..., size] and weight float32 [size], both on the CPU -> x / sqrt(mean(x^2) + eps) * weight, x's shape.
 
-    Differentiable once in x and weight. ours: reason: it is a sixth of a small model's step otherwise.
+    Differentiable once in x and weight. Raises ConfigError for other shapes or dtypes. ours: reason: it is a sixth of a
+    small model's step otherwise.
     """
+    _check(x, weight)
+    weight = weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _Norm.apply(x, weight, eps)
         return out

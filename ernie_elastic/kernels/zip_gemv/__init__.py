@@ -117,11 +117,29 @@ def experts(
     """One mixture-of-experts layer in one native call: sum over k of weights_MK * down(silu(gate) * up) -> [M, C].
 
     x float32 [M, C]; gate_up holds the experts' [2I, C] below each other, gate half first, down their [C, I]; ids int64
-    [M, K], those beyond the last expert are left out; weights float32 [M, K]. The products are `matmul`'s, the experts
-    are added in increasing order. None where it cannot run (no native back end, more rows than a fused product
-    takes): the caller goes expert by expert. ours: reason: a small expert costs less than two calls from Python.
+    [M, K], those beyond the last expert are left out; weights float32 [M, K]. Not differentiable. The products are
+    `matmul`'s, the experts are added in increasing order; the gate's exponential is the C library's, so the last bits
+    may differ from a loop of torch operations. None where it cannot run (another dtype or device, gradients wanted, no
+    native back end, more rows than a fused product takes): the caller goes expert by expert. Raises ConfigError for
+    shapes that do not fit together. ours: reason: a small expert costs less than two calls from Python.
     """
-    fits = x_MC.dtype == weights_MK.dtype == torch.float32 and x_MC.shape[0] <= cpu_impl.FUSED_MAX_ROWS
-    if not fits or not (_native("auto", gate_up) and _native("auto", down)):
+    tensors = (x_MC, ids_MK, weights_MK)
+    wanted = torch.is_grad_enabled() and (x_MC.requires_grad or weights_MK.requires_grad)
+    fits = x_MC.dtype == weights_MK.dtype == torch.float32 and ids_MK.dtype == torch.int64 and not wanted
+    if not fits or any(tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    columns, width = gate_up.shape[1], down.shape[1]
+    count = gate_up.shape[0] // max(1, 2 * width)
+    if (
+        x_MC.shape != (x_MC.shape[0], columns)
+        or ids_MK.shape != weights_MK.shape
+        or ids_MK.shape[:1] != x_MC.shape[:1]
+        or (gate_up.shape[0], down.shape[0]) != (2 * width * count, columns * count)
+    ):
+        raise ConfigError(
+            f"zip_gemv: x {tuple(x_MC.shape)}, ids {tuple(ids_MK.shape)}, weights {tuple(weights_MK.shape)}, gate_up "
+            f"{gate_up.shape} and down {down.shape} do not fit; pass [M, C], [M, K], [M, K], [E * 2I, C] and [E * C, I]"
+        )
+    if x_MC.shape[0] > cpu_impl.FUSED_MAX_ROWS or not (_native("auto", gate_up) and _native("auto", down)):
         return None
     return cpu_impl.experts(x_MC, gate_up, down, ids_MK, weights_MK)

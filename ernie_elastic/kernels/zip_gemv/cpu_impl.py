@@ -157,7 +157,7 @@ def experts(x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Ten
     code = _library().zip_experts(
         prepare(gate_up),
         prepare(down),
-        down.shape[0] // x_MC.shape[1],
+        down.shape[0] // gate_up.shape[1],
         x_MC.data_ptr(),
         x_MC.shape[0],
         ids_MK.data_ptr(),
@@ -167,10 +167,7 @@ def experts(x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Ten
         y_MC.data_ptr(),
     )
     if code == -2:
-        raise ConfigError(
-            f"zip_gemv: experts of {gate_up.shape} and {down.shape} rows do not fit x {tuple(x_MC.shape)}, or an id "
-            f"is negative (the lowest is {int(ids_MK.min())}); gate_up needs [E * 2I, C], down [E * C, I]"
-        )
+        raise ConfigError(f"zip_gemv: an expert's id is negative (the lowest is {int(ids_MK.min())}); ids start at 0")
     _check(code, gate_up)
     return y_MC
 
