@@ -24,7 +24,7 @@ class EvaluationConfig:
     """What is judged. num_samples per task, of the held-out split; seed picks the records; sampling decodes them.
 
     Text and audio take the likeliest choice; bits are drawn at temperature 0.5 (ours: a caption leaves the exact place
-    open; 0 and 0.8 score 0 to 3 points less on pictures).
+    open; docs/decisions.md has what other temperatures gave).
     """
 
     tasks: tuple[str, ...] = JUDGED_TASKS
