@@ -10,7 +10,6 @@ Legend: E experts, R rows (outputs), C columns (inputs), M rows of the activatio
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +38,6 @@ class PackedTensor(nn.Module):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.stack_shape = tuple(shape)
-        self._all_rows = (0, math.prod(shape[:-1]))
         self.kernel = "decode"
         self._is_hf_initialized = True  # an initialiser has nothing to do here
         self._matrix: zip_gemv.PackedMatrix | None = None
@@ -104,14 +102,15 @@ class PackedTensor(nn.Module):
         """x [..., C] times the transposed weight (of one expert): [..., R] in x's dtype, by this weight's kernel."""
         if self.kernel == "decode":
             return F.linear(x, self.decode(expert, x.dtype))
-        # The steps that a small product can do without are left out: they would cost as much as it does.
-        start, stop = self._all_rows if expert is None else self.rows_of(expert)
-        x_MC = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        narrow = x.dtype != torch.float32
-        matrix = self._matrix or self.matrix
-        out = zip_gemv.matmul(x_MC.float() if narrow else x_MC, matrix, start=start, stop=stop)
-        out = out.to(x.dtype) if narrow else out
-        return out if x.ndim == 2 else out.view(*x.shape[:-1], stop - start)
+        if expert is None and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous():
+            columns = self.stack_shape[-1]
+            if x.shape[-1] == columns and x.numel() <= columns * zip_gemv.FUSED_MAX_ROWS:
+                bound = zip_gemv.bind(self._matrix or self.matrix)
+                if bound is not None:
+                    return bound(x)
+        start, stop = self.rows_of(expert)
+        out = zip_gemv.matmul(x.reshape(-1, x.shape[-1]).float(), self.matrix, start=start, stop=stop)
+        return out.to(x.dtype).reshape(*x.shape[:-1], stop - start)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""

@@ -31,8 +31,8 @@ class RMSNorm(nn.Module):
 
     def runs_native(self, x: torch.Tensor) -> bool:
         """Whether x [..., size] and the weight are float32 on the CPU, outside of torch.compile."""
-        on_cpu = x.device.type == self.weight.device.type == "cpu"
-        return on_cpu and x.dtype == self.weight.dtype == torch.float32 and not is_compiling()
+        weight = self.weight
+        return x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32 and not is_compiling()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape [..., size]; returns x's dtype."""

@@ -12,7 +12,7 @@ from torch import nn
 from ernie_elastic.compression import PackedTensor, packable, resident_weight_bytes
 from ernie_elastic.compression.packed import PackedEmbedding, PackedLinear
 from ernie_elastic.compression.quantizer import pack_dense
-from ernie_elastic.errors import FormatError
+from ernie_elastic.errors import ConfigError, FormatError
 
 
 def packed_of(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> PackedTensor:
@@ -61,6 +61,9 @@ def test_casts_change_the_compute_dtype_and_not_the_weights() -> None:
     assert torch.equal(packed[3].view(torch.int16), weight[3].view(torch.int16))
     packed._apply(lambda tensor: tensor.clone())  # as a move to another device
     assert all(packed.matrix.tensors[name] is getattr(packed, f"tbe__{name}") for name in packed.matrix.tensors)
+    packed.kernel = "fused"
+    packed.product(torch.ones(2, packed.shape[-1], dtype=torch.float32))  # what calls leave behind is not copied
+    packed.kernel = "decode"
     twin = copy.deepcopy(packed)
     assert torch.equal(twin[2], packed[2]) and twin.tbe__low.data_ptr() != packed.tbe__low.data_ptr()
 
@@ -78,6 +81,11 @@ def test_fused_product_is_close(rows: int) -> None:
     packed, x = packed_of(weight), torch.randn(rows, 37)
     packed.kernel = "fused"
     torch.testing.assert_close(packed.product(x, 3), F.linear(x, weight[3].float()), rtol=1e-5, atol=1e-6)
+    whole = weight.flatten(0, 1).float()
+    for shaped in (x, x[0], x[:, None], x.repeat(1, 2)[:, ::2], x.double(), x[:0]):
+        torch.testing.assert_close(packed.product(shaped), F.linear(shaped, whole.to(shaped)), rtol=1e-5, atol=1e-5)
+    with pytest.raises((ConfigError, RuntimeError)):
+        packed.product(torch.ones(rows, 36))
 
 
 def test_wrong_and_missing_content_is_an_error() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,8 +22,20 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix, pack
 
-__all__ = ["PackedMatrix", "available_backends", "backend_reason", "experts", "matmul", "pack", "unpack", "unpack_rows"]
+__all__ = [
+    "FUSED_MAX_ROWS",
+    "PackedMatrix",
+    "available_backends",
+    "backend_reason",
+    "bind",
+    "experts",
+    "matmul",
+    "pack",
+    "unpack",
+    "unpack_rows",
+]
 Backend = Literal["auto", "native", "reference"]
+FUSED_MAX_ROWS = cpu_impl.FUSED_MAX_ROWS
 logger = logging.getLogger(__name__)
 
 
@@ -111,6 +124,17 @@ def matmul(
     return reference.matmul(x_MC, packed, start=start, stop=stop)
 
 
+def bind(packed: PackedMatrix) -> Callable[[Tensor], Tensor] | None:
+    """The native product of the whole matrix as a function of contiguous float32 [..., C] with at most FUSED_MAX_ROWS
+    rows, which the caller checks: -> [..., R]. None where there is no native back end. ours: reason: a decoding step
+    has dozens of small products, and checking costs as much as they do.
+    """
+    kept: Callable[[Tensor], Tensor] | None = packed.prepared.get("product")
+    if kept is None and _native("auto", packed):
+        kept = packed.prepared["product"] = cpu_impl.bind(packed)
+    return kept
+
+
 def experts(
     x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Tensor, weights_MK: Tensor
 ) -> Tensor | None:
@@ -123,15 +147,16 @@ def experts(
     native back end, more rows than a fused product takes): the caller goes expert by expert. Raises ConfigError for
     shapes that do not fit together. ours: reason: a small expert costs less than two calls from Python.
     """
-    tensors = (x_MC, ids_MK, weights_MK)
     wanted = torch.is_grad_enabled() and (x_MC.requires_grad or weights_MK.requires_grad)
-    fits = x_MC.dtype == weights_MK.dtype == torch.float32 and ids_MK.dtype == torch.int64 and not wanted
-    if not fits or any(tensor.device.type != "cpu" for tensor in tensors):
+    if wanted or not x_MC.dtype == weights_MK.dtype == torch.float32 or ids_MK.dtype != torch.int64:
+        return None
+    if not (x_MC.is_cpu and ids_MK.is_cpu and weights_MK.is_cpu):
         return None
     columns, width = gate_up.shape[1], down.shape[1]
     count = gate_up.shape[0] // max(1, 2 * width)
     if (
-        x_MC.shape != (x_MC.shape[0], columns)
+        x_MC.ndim != 2
+        or x_MC.shape[1] != columns
         or ids_MK.shape != weights_MK.shape
         or ids_MK.shape[:1] != x_MC.shape[:1]
         or (gate_up.shape[0], down.shape[0]) != (2 * width * count, columns * count)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -148,6 +149,22 @@ def matmul(x_MC: Tensor, packed: PackedMatrix, start: int = 0, stop: int | None 
     if code:
         _check(code, packed)
     return y_MR
+
+
+def bind(packed: PackedMatrix) -> Callable[[Tensor], Tensor]:
+    """The product of the whole matrix with what does not change between calls found out once.
+
+    It maps contiguous float32 [..., C] with at most FUSED_MAX_ROWS rows, which it does not check, to [..., R].
+    """
+    call, address, (rows, columns) = _library().zip_matmul, prepare(packed), packed.shape
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.empty(*x.shape[:-1], rows)
+        if call(address, x.data_ptr(), x.numel() // columns, 0, rows, torch.get_num_threads(), y.data_ptr()):
+            _check(-1, packed)
+        return y
+
+    return product
 
 
 def experts(x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Tensor, weights_MK: Tensor) -> Tensor:
