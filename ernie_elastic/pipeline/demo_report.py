@@ -186,8 +186,8 @@ def _facts(inputs: Inputs) -> list[tuple[str, str]]:
         good, measured = tables.above_chance(full)
         values = [entry["value"] for task in tables.tasks_of([full]) if (entry := tables.accuracy_of(full, task))]
         if values:
-            clear = f"{good} of {measured} clear of chance (95 % interval)"
-            facts.append((f"{100 * sum(values) / len(values):.0f} %", f"of held-out records right, mean of the tasks; {clear}"))
+            mean, clear = sum(values) / len(values), f"{good} of {measured} clear of chance (95 % interval)"
+            facts.append((f"{100 * mean:.0f} %", f"of held-out records right, mean of the tasks; {clear}"))
     saved = _saving(rows)
     if saved is not None:
         size = megabytes(rows["compressed"]["model_bytes"])
