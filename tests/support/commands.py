@@ -43,6 +43,7 @@ EXECUTED: tuple[str, ...] = (
     "ernie-elastic decompress compressed --out restored",
     'ernie-elastic generate compressed --prompt "a large red circle in the centre" --to image --out picture.png',
     'ernie-elastic generate compressed --image picture.png --prompt "what shape is it ?"',
+    "ernie-elastic generate compressed --image picture.png",
     'ernie-elastic generate submodel --prompt "a small blue square moves left" --to video --out video.gif',
     "ernie-elastic generate submodel --video strip.png",
     'ernie-elastic generate runs/debug --prompt "play c e g" --to audio --out sound.wav',
