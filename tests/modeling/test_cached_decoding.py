@@ -124,9 +124,10 @@ def test_generated_text_equals_teacher_forcing():
             assert (packed.text_logits_NV[step] - decoder.kept[step][row]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_generated_pictures_equal_teacher_forcing(kind):
-    model = tiny_model()
+def test_generated_pictures_equal_teacher_forcing(kind, places):
+    model = tiny_model(visual_place_embedding=places)
     layout = layout_of(model.config)
     parts, prompts = prompts_of(model, layout.bov if kind == "video" else layout.boi)
     decoder = Recorder(model, layout, sampling=Sampling(max_frames=3))

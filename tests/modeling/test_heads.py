@@ -6,7 +6,8 @@ import torch
 
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.packing import collate
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
+from ernie_elastic.modeling.generation_visual import decode_visual
 from ernie_elastic.modeling.heads import cell_in_scale
 from tests.modeling.common import random_parts, tiny_model
 
@@ -35,3 +36,21 @@ def test_every_cell_reads_its_own_row_of_the_table():
     one = len(batch.visual_scale_N) // 2
     assert torch.equal(rows[:one], rows[one:]), "the second picture of a row has the same places"
     assert len(rows[:one].unique(dim=0)) == one, "no two cells of a picture share a row"
+
+
+def test_rows_that_are_drawn_together_draw_what_they_draw_alone():
+    model = tiny_model(visual_place_embedding=True).eval()
+    torch.nn.init.normal_(model.model.visual.place_embed.weight)  # as strong as a trained one
+    layout = layout_of(model.config)
+    prompts = [
+        build_document(random_parts("text_to_image", seed, model.config)[:1], layout, opener=layout.boi)
+        for seed in (1, 2, 3)
+    ]
+
+    def draw(rows: list) -> list[torch.Tensor]:
+        decoder = GroupDecoder(model, layout, sampling=Sampling(bit_temperature=0.0))
+        decoder.prefill(rows)
+        return decode_visual(decoder, video=False)
+
+    for alone, together in zip([draw([prompt])[0] for prompt in prompts], draw(prompts), strict=True):
+        torch.testing.assert_close(together, alone)
