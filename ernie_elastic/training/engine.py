@@ -197,8 +197,7 @@ class TorchEngine(Engine):
         self.device = _device()
         self.model = model.train()
         nn.Module.to(self.model, self.device)
-        power = training.loss_weights.text_length_power
-        self.module = LossModule(self.model, ranks, text_length_power=power)
+        self.module = LossModule(self.model, ranks, None, training.loss_weights.text_length_power)
         self.training, self.ranks = training, ranks
         self.optimizer = make_optimizer(model, training)
 

@@ -139,15 +139,12 @@ def matmul(x_MC: Tensor, packed: PackedMatrix, start: int = 0, stop: int | None 
     start, stop = reference.check_range(packed, start, stop)
     if x_MC.shape[0] > FUSED_MAX_ROWS:
         return _decode_then_multiply(x_MC, packed, start, stop)
-    # A product of a small matrix takes a few microseconds: nothing here that is not needed.
-    x_MC = x_MC if x_MC.is_contiguous() else x_MC.detach().contiguous()
-    count = x_MC.shape[0]
-    y_MR = torch.empty(count, stop - start)
-    kept = packed.prepared.get("native")
-    address = kept[1] if kept is not None else prepare(packed)
-    code = _library().zip_matmul(address, x_MC.data_ptr(), count, start, stop, torch.get_num_threads(), y_MR.data_ptr())
-    if code:
-        _check(code, packed)
+    x_MC = x_MC.detach().contiguous()
+    y_MR = torch.empty(x_MC.shape[0], stop - start)
+    code = _library().zip_matmul(
+        prepare(packed), x_MC.data_ptr(), x_MC.shape[0], start, stop, torch.get_num_threads(), y_MR.data_ptr()
+    )
+    _check(code, packed)
     return y_MR
 
 
