@@ -11,11 +11,11 @@ from ernie_elastic.data.prepare import PrepareConfig
 from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.sizes import ModelSizes
-from ernie_elastic.tokenizers.visual import VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
-from ernie_elastic.training.tokenizer_visual import VisualTrainingConfig
+from ernie_elastic.training.tokenizer_visual_patch import VisualTrainingConfig
 from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
 
 
@@ -62,7 +62,9 @@ DEMO_MODEL = ModelSizes(
 )
 # One cell of the code, and one token of the reader, for each cell of the world's 3x3 grid.
 DEMO_WORLD = WorldConfig(image_size=48, video_size=48)
-DEMO_CODE = VisualTokenizerConfig(image_size=48, patch=16, scales=((1, 1), (3, 3), (3, 3)), amplitudes=(0.35, 0.8, 0.6))
+DEMO_CODE = PatchVisualTokenizerConfig(
+    image_size=48, patch=16, scales=((1, 1), (3, 3), (3, 3)), amplitudes=(0.35, 0.8, 0.6)
+)
 DEMO_TOKENIZERS = TokenizerTrainingConfig(
     world=DEMO_WORLD, visual=DEMO_CODE, visual_training=VisualTrainingConfig(flip_rate=0.03)
 )

@@ -77,8 +77,9 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 frames.extend(_frames(sample, segment, tokenizers))
             elif segment.kind == "audio":
                 waves.append(_array(sample, segment))
+    visual = tokenizers.visual
     with torch.inference_mode():
-        latents = tokenizers.visual.encode(torch.from_numpy(np.stack(frames))).half().numpy() if frames else None
+        latents = visual.encode(torch.from_numpy(np.stack(frames))).half().numpy() if frames else None
         sounds = tokenizers.audio.encode_with_components(waves)
     next_frame, next_wave, documents = 0, 0, []
     for sample in samples:
@@ -100,6 +101,11 @@ def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tok
                 frame_list = _frames(sample, segment, tokenizers)
                 encoded = latents[next_frame : next_frame + len(frame_list)]
                 next_frame += len(frame_list)
+                if segment.kind == "video" and segment.role == "target" and not visual.frames_alone:
+                    # What is read is read frame by frame (paper: section 2.3, features of neighbouring frames are
+                    # merged by the model); what is drawn is the clip's own code.
+                    with torch.inference_mode():
+                        encoded = visual.encode_video(np.stack(frame_list)).half().numpy()
                 pixels = np.stack(frame_list) if segment.role == "input" else None
                 parts.append(Tokens(segment.kind, segment.role, pixels=pixels, latents=encoded))
         documents.append(parts)

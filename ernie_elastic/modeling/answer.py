@@ -67,10 +67,8 @@ def _decode(
         codes = [row.cpu() for row in decode_audio(decoder)]
         waves = iter(tokenizers.audio.decode_batch([row for row in codes if len(row)]))
         return [np.asarray(next(waves)) if len(row) else np.zeros(0, dtype=np.float32) for row in codes]
-    totals = decode_visual(decoder, mode == "video")
+    totals = [total.cpu().float() for total in decode_visual(decoder, mode == "video")]
     with torch.inference_mode():
-        pixels = tokenizers.visual.decode(torch.cat(totals).cpu().float()).numpy()
-    if mode == "image":
-        return list(pixels)
-    ends = np.cumsum([len(total) for total in totals])
-    return [pixels[end - len(total) : end] for end, total in zip(ends, totals, strict=True)]
+        if mode == "image":
+            return list(tokenizers.visual.decode(torch.cat(totals)).numpy())
+        return [tokenizers.visual.decode_video(total).numpy() for total in totals]

@@ -197,8 +197,10 @@ class ErnieElasticProcessor(ProcessorMixin):
                 return np.zeros(0, dtype=np.float32)
             return np.asarray(self.tokenizers.audio.decode(value))
         with torch.inference_mode():
-            pixels = self.tokenizers.visual.decode(value.float().reshape(-1, *value.shape[-3:])).numpy()
-        return pixels if kind == "video" else pixels[0]
+            feature_fhwD = value.float().reshape(-1, *value.shape[-3:])
+            if kind == "video":
+                return self.tokenizers.visual.decode_video(feature_fhwD).numpy()
+            return self.tokenizers.visual.decode(feature_fhwD)[0].numpy()
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
         """Token ids of several rows as text."""

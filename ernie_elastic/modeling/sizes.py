@@ -68,7 +68,7 @@ class ModelSizes:
             visual_scales=[list(scale) for scale in quantizer.scales],
             visual_amplitudes=list(quantizer.amplitudes),
             understanding_image_size=tokenizers.visual.config.image_size,
-            audio_num_levels=tokenizers.audio.config.num_levels,
-            audio_codebook_size=tokenizers.audio.config.codebook_size,
+            audio_num_levels=tokenizers.audio.num_levels,
+            audio_codebook_size=tokenizers.audio.codebook_size,
             audio_feature_size=tokenizers.audio.config.num_components if self.audio_input == "continuous" else 0,
         )

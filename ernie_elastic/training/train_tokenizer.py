@@ -32,12 +32,14 @@ from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.schema import Sample
 from ernie_elastic.stages import progress, say, stage_output, to_jsonable, write_json
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
-from ernie_elastic.training.tokenizer_audio import AudioTrainingConfig, audio_health, train_audio_tokenizer
+from ernie_elastic.tokenizers.visual import VisualTokenizer
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
+from ernie_elastic.training.tokenizer_audio_spectral import AudioTrainingConfig, audio_health, train_audio_tokenizer
 from ernie_elastic.training.tokenizer_text import TextTrainingConfig, text_health, train_text_tokenizer
-from ernie_elastic.training.tokenizer_visual import (
+from ernie_elastic.training.tokenizer_visual_patch import (
     VisualTrainingConfig,
     partial_sums,
     train_visual_tokenizer,
@@ -65,9 +67,9 @@ class TokenizerTrainingConfig:
     seed: int = 0
     world: WorldConfig = field(default_factory=WorldConfig)
     text_training: TextTrainingConfig = field(default_factory=TextTrainingConfig)
-    visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
+    visual: PatchVisualTokenizerConfig = field(default_factory=PatchVisualTokenizerConfig)
     visual_training: VisualTrainingConfig = field(default_factory=VisualTrainingConfig)
-    audio: AudioTokenizerConfig = field(default_factory=AudioTokenizerConfig)
+    audio: SpectralAudioTokenizerConfig = field(default_factory=SpectralAudioTokenizerConfig)
     audio_training: AudioTrainingConfig = field(default_factory=AudioTrainingConfig)
     text_samples: int = 300
     dense_scenes: int = 4500

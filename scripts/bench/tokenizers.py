@@ -29,10 +29,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from bench.common import Row, interleave, skip_peer
 from ernie_elastic import presets
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import SPECIAL_TEXTS, TextTokenizer
 from ernie_elastic.tokenizers.text_bpe import PATTERN
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 PEERS = ("utf8_bpe",)
 Coder = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
@@ -64,7 +65,7 @@ VOCABULARIES, QUICK_VOCABULARIES = (4096, 16384), (4096,)
 
 VISUAL = {
     "picture 48x48 (demo's code)": presets.DEMO_CODE,
-    "picture 256x256 (patches of 16, 8 scales, 32 bits)": VisualTokenizerConfig(
+    "picture 256x256 (patches of 16, 8 scales, 32 bits)": PatchVisualTokenizerConfig(
         image_size=256,
         patch=16,
         num_bits=32,
@@ -252,9 +253,9 @@ def text_variant(pair: Coder, action: str, texts: list[str], ids: list[list[int]
     return lambda _: [decode(item) for item in ids]
 
 
-def visual_rows(case: str, config: VisualTokenizerConfig, batch: int, repeats: int) -> list[Row]:
+def visual_rows(case: str, config: PatchVisualTokenizerConfig, batch: int, repeats: int) -> list[Row]:
     """Pictures/s of pixels uint8 [N, H, W, 3] to the bits of every scale, and back."""
-    tokenizer = VisualTokenizer(config).eval()
+    tokenizer = PatchVisualTokenizer(config).eval()
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.image_size, config.image_size, 3)
     pixels_NHW3 = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -275,7 +276,7 @@ def visual_rows(case: str, config: VisualTokenizerConfig, batch: int, repeats: i
 
 def random_audio_tokenizer() -> AudioTokenizer:
     """The default sizes with orthonormal directions and code books at random; as built, both are zero."""
-    tokenizer = AudioTokenizer(AudioTokenizerConfig())
+    tokenizer = SpectralAudioTokenizer(SpectralAudioTokenizerConfig())
     generator = torch.Generator().manual_seed(0)
     tokenizer.basis_FC.copy_(torch.linalg.qr(torch.randn(tokenizer.basis_FC.shape, generator=generator)).Q)
     tokenizer.codebooks_QVC.copy_(torch.randn(tokenizer.codebooks_QVC.shape, generator=generator))

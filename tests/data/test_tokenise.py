@@ -11,14 +11,16 @@ import pytest
 from ernie_elastic.data.tokenise import tokenise, world_of
 from ernie_elastic.errors import DataError
 from ernie_elastic.schema import Sample, Segment
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> Any:
-    config = VisualTokenizerConfig(image_size=48, patch=16, scales=((1, 1), (3, 3)), amplitudes=(0.5, 0.5), width=8)
+    config = PatchVisualTokenizerConfig(
+        image_size=48, patch=16, scales=((1, 1), (3, 3)), amplitudes=(0.5, 0.5), width=8
+    )
     audio = SimpleNamespace(encode_with_components=lambda waves: [], config=SimpleNamespace(sample_rate=24000))
-    return SimpleNamespace(text=None, visual=VisualTokenizer(config).eval(), audio=audio)
+    return SimpleNamespace(text=None, visual=PatchVisualTokenizer(config).eval(), audio=audio)
 
 
 def _picture(key: str, *shape: int, kind: Any = "image") -> Sample:

@@ -29,9 +29,9 @@ from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.data.world import WORLD_TASKS, world_sample
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 NUM_WORKERS = 2
 BAD = {
@@ -48,8 +48,8 @@ BAD = {
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     text = TextTokenizer.train(["a red circle and a blue square", "what is it ?"] * 20, 300)
-    visual = VisualTokenizer(VisualTokenizerConfig()).eval()
-    audio = AudioTokenizer(AudioTokenizerConfig(num_levels=2))
+    visual = PatchVisualTokenizer(PatchVisualTokenizerConfig()).eval()
+    audio = SpectralAudioTokenizer(SpectralAudioTokenizerConfig(num_levels=2))
     audio.basis_FC.normal_(std=0.02)
     audio.codebooks_QVC.normal_()
     path = tmp_path_factory.mktemp("tokenizers")

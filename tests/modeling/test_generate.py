@@ -22,9 +22,9 @@ from ernie_elastic.modeling.generation_visual import decode_visual
 from ernie_elastic.modeling.multimodal_generate import run_free
 from ernie_elastic.modeling.processing import ErnieElasticProcessor
 from ernie_elastic.modeling.sizes import ModelSizes
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 from tests.modeling.common import RICH, random_parts, tiny_model
 
 TOLERANCE = 1e-5
@@ -34,8 +34,8 @@ TOLERANCE = 1e-5
 def processor() -> ErnieElasticProcessor:
     torch.manual_seed(0)
     text = TextTokenizer.train(["a red circle and a blue square", "what is it ?"] * 20, 320)
-    visual = VisualTokenizer(VisualTokenizerConfig(image_size=16, patch=4, num_bits=5, width=16)).eval()
-    audio = AudioTokenizer(AudioTokenizerConfig(num_components=8, num_levels=2, codebook_size=11))
+    visual = PatchVisualTokenizer(PatchVisualTokenizerConfig(image_size=16, patch=4, num_bits=5, width=16)).eval()
+    audio = SpectralAudioTokenizer(SpectralAudioTokenizerConfig(num_components=8, num_levels=2, codebook_size=11))
     audio.basis_FC.normal_()
     audio.codebooks_QVC.normal_()
     tokenizers = Tokenizers(text, visual, audio)

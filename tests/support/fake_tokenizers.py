@@ -17,5 +17,5 @@ def fake_tokenizers() -> Any:
         visual=SimpleNamespace(
             quantizer=MultiScaleBits(scales, (0.5, 0.5, 0.5, 0.5)), config=SimpleNamespace(num_bits=24, image_size=32)
         ),
-        audio=SimpleNamespace(config=SimpleNamespace(num_levels=2, codebook_size=64, num_components=128)),
+        audio=SimpleNamespace(num_levels=2, codebook_size=64, config=SimpleNamespace(num_components=128)),
     )

@@ -15,9 +15,11 @@ from PIL import Image
 
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.stages import directory_hash, read_manifest
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual import VisualTokenizer
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
 from ernie_elastic.training.train_tokenizer import KINDS, TokenizerKind, TokenizerTrainingConfig, train_tokenizer
 
 SMOKE = TokenizerTrainingConfig.smoke()
@@ -72,7 +74,7 @@ def test_the_same_config_gives_the_same_directory(
 
 
 def test_a_manifest_depends_on_its_own_kind_only() -> None:
-    changed = dataclasses.replace(SMOKE, audio=AudioTokenizerConfig(num_levels=2))
+    changed = dataclasses.replace(SMOKE, audio=SpectralAudioTokenizerConfig(num_levels=2))
     assert changed.resolved("text") == SMOKE.resolved("text") and changed.resolved("audio") != SMOKE.resolved("audio")
     reseeded = dataclasses.replace(SMOKE, seed=1)
     assert all(reseeded.resolved(kind) != SMOKE.resolved(kind) for kind in KINDS)  # type: ignore[arg-type]
@@ -97,10 +99,10 @@ def test_an_existing_output_is_kept_unless_overwrite_is_asked_for(tmp_path: Path
 def test_parts_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'speech' is not one of text, visual, audio"):
         train_tokenizer("speech", tmp_path / "x", SMOKE)  # type: ignore[arg-type]
-    big = VisualTokenizerConfig(image_size=64, patch=16)
+    big = PatchVisualTokenizerConfig(image_size=64, patch=16)
     with pytest.raises(ConfigError, match="image_size 64, world pictures 32"):
         train_tokenizer("visual", tmp_path / "x", dataclasses.replace(SMOKE, visual=big))
-    other_rate = AudioTokenizerConfig(sample_rate=24000, step_samples=1920)
+    other_rate = SpectralAudioTokenizerConfig(sample_rate=24000, step_samples=1920)
     with pytest.raises(ConfigError, match="24000 Hz in steps of 1920 samples, the world has 16000 Hz and 1280"):
         train_tokenizer("audio", tmp_path / "x", dataclasses.replace(SMOKE, audio=other_rate))
     with pytest.raises(ConfigError, match="clips is 0"):

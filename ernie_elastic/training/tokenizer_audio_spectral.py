@@ -19,7 +19,7 @@ import torch
 
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.stages import progress
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.quantizers import rvq_decode
 
 DEAD_COUNT = 2  # a code that fewer steps choose is restarted
@@ -46,17 +46,17 @@ class AudioTrainingConfig:
 
 def train_audio_tokenizer(
     waves: Iterable[np.ndarray],
-    config: AudioTokenizerConfig,
+    config: SpectralAudioTokenizerConfig,
     training: AudioTrainingConfig | None = None,
     seed: int = 0,
-) -> tuple[AudioTokenizer, dict[str, Any]]:
+) -> tuple[SpectralAudioTokenizer, dict[str, Any]]:
     """An audio tokenizer fitted to `waves` (float32 [L] each) and its health on them.
 
     Health: number of steps, energy share that the components keep (`audio_health` has the rest). Raises DataError
     when there are fewer steps than codes or components.
     """
     training = training or AudioTrainingConfig()
-    tokenizer = AudioTokenizer(config)
+    tokenizer = SpectralAudioTokenizer(config)
     features_SF = torch.cat(tokenizer.features(list(waves)))
     if len(features_SF) <= max(config.codebook_size, config.num_components):
         raise DataError(
@@ -138,7 +138,7 @@ def _spread_start(points_SC: torch.Tensor, count: int, generator: torch.Generato
 
 
 @torch.no_grad()
-def audio_health(tokenizer: AudioTokenizer, waves: Iterable[np.ndarray]) -> dict[str, Any]:
+def audio_health(tokenizer: SpectralAudioTokenizer, waves: Iterable[np.ndarray]) -> dict[str, Any]:
     """Numbers on `waves` (float32 [L] each): for each level its codes' perplexity, share in use, and the
     signal-to-noise ratio in dB of the compressed magnitudes after it; bits per second.
     """

@@ -9,9 +9,10 @@ import torch
 from ernie_elastic.data.checkers import checker_agreement
 from ernie_elastic.data.world import world_sample
 from ernie_elastic.errors import ConfigError, DataError
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
-from ernie_elastic.training import tokenizer_audio
-from ernie_elastic.training.tokenizer_audio import (
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizerConfig
+from ernie_elastic.training import tokenizer_audio_spectral
+from ernie_elastic.training.tokenizer_audio_spectral import (
     AudioTrainingConfig,
     audio_health,
     kmeans,
@@ -30,7 +31,7 @@ def waves(task: str, count: int, split: str = "train") -> list[np.ndarray]:
 def trained() -> AudioTokenizer:
     torch.manual_seed(5)  # must not matter
     sounds = waves(TASKS[0], 250) + waves(TASKS[1], 200)
-    return train_audio_tokenizer(sounds, AudioTokenizerConfig(), AudioTrainingConfig(rounds=20))[0]
+    return train_audio_tokenizer(sounds, SpectralAudioTokenizerConfig(), AudioTrainingConfig(rounds=20))[0]
 
 
 def test_kmeans_finds_separate_groups_and_keeps_the_zero_centre() -> None:
@@ -44,7 +45,9 @@ def test_kmeans_finds_separate_groups_and_keeps_the_zero_centre() -> None:
 
 def test_kmeans_revives_dead_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     far_away = lambda points, count, generator: torch.full((count, points.shape[1]), 1e3)
-    monkeypatch.setattr(tokenizer_audio, "_spread_start", far_away)  # a start from which no code but two is ever chosen
+    monkeypatch.setattr(
+        tokenizer_audio_spectral, "_spread_start", far_away
+    )  # a start from which no code but two is ever chosen
     _, codes = kmeans(torch.randn(600, 3), 16, 20, torch.Generator().manual_seed(0))
     assert len(codes.unique()) == 16
 
@@ -85,7 +88,7 @@ def test_loudness_and_length_survive(trained: AudioTokenizer) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None:
-    config, budget = AudioTokenizerConfig(num_components=16, codebook_size=16), AudioTrainingConfig(rounds=4)
+    config, budget = SpectralAudioTokenizerConfig(num_components=16, codebook_size=16), AudioTrainingConfig(rounds=4)
     sounds = waves(TASKS[0], 20)
     first, second, other = (train_audio_tokenizer(sounds, config, budget, seed)[0] for seed in (0, 0, 1))
     assert all(
@@ -96,6 +99,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None
 
 def test_too_little_sound_and_empty_budgets_are_refused() -> None:
     with pytest.raises(DataError, match="8 steps are too few for 64 codes and 128 components"):
-        train_audio_tokenizer([np.ones(8 * 1280, np.float32)], AudioTokenizerConfig())
+        train_audio_tokenizer([np.ones(8 * 1280, np.float32)], SpectralAudioTokenizerConfig())
     with pytest.raises(ConfigError, match="rounds 0"):
         AudioTrainingConfig(rounds=0)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
-from ernie_elastic.tokenizers.audio import AudioTokenizer, AudioTokenizerConfig
+from ernie_elastic.tokenizers.audio import AudioTokenizer
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 
-CONFIG = AudioTokenizerConfig(num_components=8, num_levels=2, codebook_size=16)
+CONFIG = SpectralAudioTokenizerConfig(num_components=8, num_levels=2, codebook_size=16)
 
 
-def make(config: AudioTokenizerConfig = CONFIG) -> AudioTokenizer:
-    tokenizer = AudioTokenizer(config)
+def make(config: SpectralAudioTokenizerConfig = CONFIG) -> AudioTokenizer:
+    tokenizer = SpectralAudioTokenizer(config)
     tokenizer.basis_FC.copy_(torch.linalg.qr(torch.randn(tokenizer.basis_FC.shape)).Q)
     tokenizer.codebooks_QVC.copy_(torch.randn(tokenizer.codebooks_QVC.shape) * 3)
     tokenizer.codebooks_QVC[:, 0] = 0.0
@@ -79,7 +80,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path: Path) -> None:
 )
 def test_configs_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        AudioTokenizerConfig(**change)
+        SpectralAudioTokenizerConfig(**change)
 
 
 def test_bad_waves_and_codes_are_refused() -> None:

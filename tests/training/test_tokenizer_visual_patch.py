@@ -14,8 +14,9 @@ from ernie_elastic.data.world import world_sample
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.presets import demo
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
-from ernie_elastic.training.tokenizer_visual import (
+from ernie_elastic.tokenizers.visual import VisualTokenizer
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
+from ernie_elastic.training.tokenizer_visual_patch import (
     VisualTrainingConfig,
     _quantised,
     measured_amplitudes,
@@ -32,7 +33,7 @@ Trained = tuple[VisualTokenizer, dict[str, Any]]
 def trained() -> Trained:
     torch.manual_seed(5)  # must not matter
     data = TokenizerTrainingConfig(dense_scenes=700, scenes=300, clips=80)
-    config = VisualTokenizerConfig(num_bits=24, width=96)
+    config = PatchVisualTokenizerConfig(num_bits=24, width=96)
     return train_visual_tokenizer(world_pictures(data), config, VisualTrainingConfig(steps=300, batch_size=48))
 
 
@@ -55,7 +56,7 @@ def test_a_small_budget_reaches_a_bound(trained: Trained) -> None:
 
 def test_amplitudes_are_those_of_the_latents(trained: Trained) -> None:
     tokenizer, health = trained
-    assert tokenizer.quantizer.amplitudes == tokenizer.config.amplitudes != VisualTokenizerConfig().amplitudes
+    assert tokenizer.quantizer.amplitudes == tokenizer.config.amplitudes != PatchVisualTokenizerConfig().amplitudes
     assert health["amplitudes"] == [round(amplitude, 4) for amplitude in tokenizer.config.amplitudes]
     latent = tokenizer.encode(scenes(64)[1])
     assert 0.5 < float(latent.square().mean()) < 2.0  # normalised, so that amplitudes have a scale
@@ -77,7 +78,7 @@ def test_measured_amplitudes_are_the_best_constants() -> None:
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None:
     pictures = list(world_pictures(TokenizerTrainingConfig(dense_scenes=60, scenes=1, clips=1)))
-    config, budget = VisualTokenizerConfig(num_bits=4, width=16), VisualTrainingConfig(steps=12, batch_size=16)
+    config, budget = PatchVisualTokenizerConfig(num_bits=4, width=16), VisualTrainingConfig(steps=12, batch_size=16)
     first, second, other = (train_visual_tokenizer(pictures, config, budget, seed)[0] for seed in (0, 0, 1))
     assert first.config == second.config
     assert all(
@@ -87,7 +88,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_other_ones() -> None
 
 
 def test_bad_data_and_budgets_are_refused() -> None:
-    config = VisualTokenizerConfig(num_bits=4, width=16)
+    config = PatchVisualTokenizerConfig(num_bits=4, width=16)
     with pytest.raises(DataError, match="no pictures"):
         train_visual_tokenizer([], config)
     with pytest.raises(DataError, match="3 pictures are fewer than one batch of 64"):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual import VisualTokenizer
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
-CONFIG = VisualTokenizerConfig(num_bits=6, width=16)
+CONFIG = PatchVisualTokenizerConfig(num_bits=6, width=16)
 
 
 WRONG_PIXELS = [
@@ -21,8 +22,8 @@ WRONG_PIXELS = [
 ]  # fmt: skip
 
 
-def make(config: VisualTokenizerConfig = CONFIG) -> VisualTokenizer:
-    tokenizer = VisualTokenizer(config)
+def make(config: PatchVisualTokenizerConfig = CONFIG) -> VisualTokenizer:
+    tokenizer = PatchVisualTokenizer(config)
     tokenizer.encoder.normalise.running_mean += torch.randn(config.num_bits)  # so that loading has to restore it
     return tokenizer.eval()
 
@@ -80,7 +81,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path: Path) -> None:
 
 
 def test_other_sizes_work() -> None:
-    config = VisualTokenizerConfig(image_size=64, patch=8, num_bits=4, width=8, scales=((1, 1), (3, 3), (8, 8)),
+    config = PatchVisualTokenizerConfig(image_size=64, patch=8, num_bits=4, width=8, scales=((1, 1), (3, 3), (8, 8)),
                                    amplitudes=(0.3, 0.4, 0.8))  # fmt: skip
     tokenizer = make(config)
     assert config.bits_per_picture == 4 * (1 + 9 + 64)
@@ -99,7 +100,7 @@ def test_other_sizes_work() -> None:
 )
 def test_configs_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        VisualTokenizerConfig(**change)
+        PatchVisualTokenizerConfig(**change)
 
 
 @pytest.mark.parametrize("wrong", WRONG_PIXELS)

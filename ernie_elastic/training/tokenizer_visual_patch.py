@@ -22,7 +22,7 @@ import torch
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.stages import progress
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
-from ernie_elastic.tokenizers.visual import VisualTokenizer, VisualTokenizerConfig
+from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 MEASURED_PICTURES = 2048  # whose latents decide the amplitudes
 
@@ -66,10 +66,10 @@ class VisualTrainingConfig:
 
 def train_visual_tokenizer(
     pictures: Iterable[np.ndarray],
-    config: VisualTokenizerConfig,
+    config: PatchVisualTokenizerConfig,
     training: VisualTrainingConfig | None = None,
     seed: int = 0,
-) -> tuple[VisualTokenizer, dict[str, Any]]:
+) -> tuple[PatchVisualTokenizer, dict[str, Any]]:
     """A visual tokenizer fitted to `pictures` (uint8 [H, W, 3] or frames [F, H, W, 3] each), and its health.
 
     Health: pictures, steps, final training loss, amplitudes (`visual_health` has the rest). Raises DataError when
@@ -83,7 +83,7 @@ def train_visual_tokenizer(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the layers' own initialisation draws from the global generator
-        tokenizer = VisualTokenizer(config)
+        tokenizer = PatchVisualTokenizer(config)
     patches_NhwP = tokenizer.patches(pixels_NHW3)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
@@ -114,7 +114,7 @@ def train_visual_tokenizer(
     return tokenizer, health
 
 
-def _stacked(pictures: Iterable[np.ndarray], config: VisualTokenizerConfig) -> np.ndarray:
+def _stacked(pictures: Iterable[np.ndarray], config: PatchVisualTokenizerConfig) -> np.ndarray:
     frames = [array[None] if array.ndim == 3 else array for array in pictures]
     shapes = {frame.shape[1:] for frame in frames}
     if shapes - {(config.image_size, config.image_size, 3)}:
@@ -139,7 +139,7 @@ def measured_amplitudes(latent_NhwD: torch.Tensor, quantizer: MultiScaleBits) ->
 
 
 @torch.no_grad()
-def _with_measured_amplitudes(tokenizer: VisualTokenizer, patches_NhwP: torch.Tensor) -> VisualTokenizer:
+def _with_measured_amplitudes(tokenizer: PatchVisualTokenizer, patches_NhwP: torch.Tensor) -> PatchVisualTokenizer:
     """The same modules (and parameters) under a config with amplitudes that fit the latents found so far."""
     tokenizer.eval()
     amplitudes = measured_amplitudes(tokenizer.encoder(patches_NhwP), tokenizer.quantizer)
@@ -149,7 +149,7 @@ def _with_measured_amplitudes(tokenizer: VisualTokenizer, patches_NhwP: torch.Te
 
 
 def _step_loss(
-    tokenizer: VisualTokenizer,
+    tokenizer: PatchVisualTokenizer,
     patches_NhwP: torch.Tensor,
     training: VisualTrainingConfig,
     generator: torch.Generator,
@@ -196,7 +196,7 @@ def partial_sums(quantizer: MultiScaleBits, bits: list[torch.Tensor]) -> torch.T
 
 
 @torch.no_grad()
-def visual_health(tokenizer: VisualTokenizer, pixels_NHW3: np.ndarray) -> dict[str, Any]:
+def visual_health(tokenizer: PatchVisualTokenizer, pixels_NHW3: np.ndarray) -> dict[str, Any]:
     """Numbers on pictures uint8 [N, H, W, 3].
 
     psnr_db_by_scales: dB after decoding the first 1, 2, ... scales; psnr_db: after all. bits_per_picture;
