@@ -32,8 +32,9 @@ from ernie_elastic.stages import (
     write_manifest,
 )
 from ernie_elastic.training.balance import RoutingLedger
-from ernie_elastic.training.engine import Engine, barrier, rank
+from ernie_elastic.training.engine import Engine
 from ernie_elastic.training.losses import LossBalance
+from ernie_elastic.training.ranks import barrier, rank
 
 log = logging.getLogger(__name__)
 MODEL_STAGE = "pretrain"

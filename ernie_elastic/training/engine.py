@@ -26,6 +26,7 @@ from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import combine
 from ernie_elastic.training.muon import MuonAdamW, is_matrix_of_the_stack
+from ernie_elastic.training.ranks import all_reduce_sum, barrier, device, rank, start_group, world_size
 
 STATE_TAG = "state"
 
@@ -64,29 +65,6 @@ class LossModule(nn.Module):
         if output.router_loss is not None:
             loss = loss + output.router_loss
         return loss, MicroResult(sums, counts, output.routing, output.layers)
-
-
-def rank() -> int:
-    """Rank of this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of processes; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks of a tensor of any shape, in place; the tensor itself without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def seed_everything(seed: int) -> None:
@@ -191,10 +169,8 @@ class TorchEngine(Engine):
     def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
         ranks = world_size()
         deepspeed_config(training, ranks)  # the same check of the batch sizes
-        if ranks > 1 and not dist.is_initialized():
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=training.step_limit_s))
-        self.device = _device()
+        start_group(training.step_limit_s)
+        self.device = device()
         self.model = model.train()
         nn.Module.to(self.model, self.device)
         self.module = LossModule(self.model, ranks, None, training.loss_weights.text_length_power)
@@ -309,19 +285,6 @@ def sequence_shard(size: int) -> SequenceShard | None:
 def make_engine(model: ErnieElasticForCausalLM, training: TrainingConfig) -> Engine:
     """The engine that the configuration names; raises ConfigError when DeepSpeed is asked for and missing."""
     return TorchEngine(model, training) if training.engine == "torch" else DeepSpeedEngine(model, training)
-
-
-def shut_down() -> None:
-    """Leave together: without the barrier one rank may end first and the launcher reports a failure."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def _default_launcher_environment() -> None:

@@ -26,19 +26,10 @@ from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_j
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, routers, update_bias
 from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import (
-    Engine,
-    MicroResult,
-    all_reduce_sum,
-    barrier,
-    make_engine,
-    rank,
-    seed_everything,
-    shut_down,
-    world_size,
-)
+from ernie_elastic.training.engine import Engine, MicroResult, make_engine, seed_everything
 from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.metrics import MetricsWriter
+from ernie_elastic.training.ranks import all_reduce_sum, barrier, rank, shut_down, world_size
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"

@@ -17,7 +17,8 @@ from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.training.balance import RoutingLedger, routers, update_bias
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import all_reduce_sum, make_engine, rank, shut_down, world_size
+from ernie_elastic.training.engine import make_engine
+from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model
 
 ROWS = 8
