@@ -21,7 +21,7 @@ from tests.support import ROOT
 RUN = ROOT / "scripts" / "bench" / "run.py"
 REQUIRED = {
     "codec": {"zipnn", "zstd"},
-    "tokenizers": {"utf8_bpe"},
+    "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"},
 }
 
@@ -129,12 +129,16 @@ def test_tokenizers_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizers, "VISUAL", {"tiny": tokenizers.presets.DEMO_CODE})
     monkeypatch.setattr(tokenizers, "BATCHES", (2,))
     monkeypatch.setattr(tokenizers, "SOUNDS", ((1, 0.2),))
+    monkeypatch.setattr(tokenizers.neural_tokenizers, "SIDE", 32)
+    monkeypatch.setattr(tokenizers.neural_tokenizers, "SECONDS", 0.2)
     rows = [row.to_json() for row in tokenizers.run(True)]
     check_rows(rows, REQUIRED["tokenizers"])
     units = ["tokens/s", "pictures/s", "s of sound/s"]
-    assert [row["unit"] for row in rows] == ["bytes/token"] + [unit for unit in units for _ in range(2)]
+    assert [row["unit"] for row in rows] == ["bytes/token"] + [unit for unit in units + units[1:] for _ in range(2)]
     assert rows[0]["case"].startswith("300 ids: Cyrillic (ru), ") and rows[0]["ours"] > 1
-    assert [set(row["theirs"]) for row in rows] == [{"utf8_bpe"}] * 3 + [set()] * 4
+    assert [set(row["theirs"]) for row in rows] == [{"utf8_bpe"}] * 3 + [set()] * 4 + [
+        {"transformers_janus"}, {"transformers_janus"}, {"transformers_mimi"}, {"transformers_mimi"}
+    ]  # fmt: skip
     assert [row["case"] for row in rows[3:5]] == ["tiny, batch 2, encode", "tiny, batch 2, decode"]
 
 
