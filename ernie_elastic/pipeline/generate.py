@@ -14,6 +14,7 @@ from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.modeling.answer import GenerationMode, answer
 from ernie_elastic.modeling.generation import Sampling
 from ernie_elastic.modeling.loading import load_model, load_tokenizers
+from ernie_elastic.modeling.refiner import Refiner
 from ernie_elastic.schema import Segment
 from ernie_elastic.stages import disk_error, say
 
@@ -30,8 +31,12 @@ def run_generate(
     bit_temperature: float,
     seed: int,
     max_new_tokens: int,
+    refine: Path | None = None,
 ) -> str | np.ndarray:
-    """Answer one prompt and write or print the answer. Raises ConfigError or DataError for what cannot be used."""
+    """Answer one prompt and write or print the answer. Raises ConfigError or DataError for what cannot be used.
+
+    refine: directory of a refiner that makes what was drawn larger; CheckpointError when it holds none.
+    """
     if prompt is None and not media:
         raise ConfigError("generate: give --prompt, --image, --video or --audio")
     if to != "text":
@@ -41,6 +46,9 @@ def run_generate(
             raise ConfigError(
                 f"generate: --out {out} ends in {out.suffix!r}; --to {to} writes {' or '.join(SUFFIX[to])}"
             )
+    if refine is not None and to not in ("image", "video"):
+        raise ConfigError(f"generate: --refine {refine} makes pictures larger and --to is {to}; leave it out")
+    refiner = None if refine is None else Refiner.load(refine)  # before the model: a wrong path shows at once
     tokenizers = load_tokenizers(source)
     segments = [read_media(kind, path, tokenizers) for kind, path in media.items()]
     if prompt is not None:
@@ -53,9 +61,18 @@ def run_generate(
     if isinstance(result, str):
         say(result)
     elif out is not None:
+        if refiner is not None:
+            result = refined(result, refiner, seed)
         write_media(result, out, tokenizers.audio.config.sample_rate)
         say(f"generate: wrote {out}")
     return result
+
+
+def refined(value: np.ndarray, refiner: Refiner, seed: int) -> np.ndarray:
+    """A picture uint8 [H, W, 3] or a clip [F, H, W, 3] at the refiner's factor times its size, likewise."""
+    if value.ndim == 3:
+        return refiner.refine(value[None], seed=seed)[0].numpy()
+    return refiner.refine_video(value, seed=seed).numpy()
 
 
 def read_media(kind: str, path: Path, tokenizers: Tokenizers) -> Segment:

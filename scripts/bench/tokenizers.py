@@ -8,8 +8,9 @@ The texts are real and need no network: what the machine's programs say in many 
 English, Python's own documentation. They differ by machine, so the rows say how much of what was found, and a script
 with too little is left out aloud. What is held out shares no source message with what is learned, in any language.
 
-Visual and audio: no peer; random weights, which cost the same as learned ones. A picture is encoded to bits of all
-scales and decoded from them; sound is noise, encoded to residual codes of 80 ms and decoded from them.
+Visual and audio: random weights, which cost the same as learned ones. A picture is encoded to bits of all scales and
+decoded from them; sound is noise, encoded to residual codes of 80 ms and decoded from them. The small tokenizers have
+no peer; `neural_tokenizers` has the others' rows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bench import neural_tokenizers
 from bench.common import Row, interleave, skip_peer
 from ernie_elastic import presets
 from ernie_elastic.tokenizers.audio import AudioTokenizer
@@ -35,7 +37,7 @@ from ernie_elastic.tokenizers.text import SPECIAL_TEXTS, TextTokenizer
 from ernie_elastic.tokenizers.text_bpe import PATTERN
 from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
-PEERS = ("utf8_bpe",)
+PEERS = ("utf8_bpe", "transformers_janus", "transformers_mimi")
 Coder = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 ENGLISH = "English"
@@ -312,4 +314,4 @@ def run(quick: bool) -> list[Row]:
     tokenizer = random_audio_tokenizer()
     for count, length_s in SOUNDS:
         rows += audio_rows(tokenizer, count, length_s, 3 if quick else 20)
-    return rows
+    return rows + neural_tokenizers.picture_rows(3 if quick else 20) + neural_tokenizers.sound_rows(3 if quick else 9)

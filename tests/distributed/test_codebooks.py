@@ -1,0 +1,53 @@
+"""Codebooks and codec on two ranks: bit-equal on both, and those that one rank learns from the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import codebook_worker
+
+WORKER = Path(codebook_worker.__file__)
+
+
+def run(out: Path, ranks: int, what: str) -> list[dict]:
+    """What each rank of the worker wrote."""
+    out.mkdir()
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    done = subprocess.run(
+        [*command, str(WORKER), str(out), what], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.mark.distributed
+def test_two_ranks_keep_equal_codebooks_and_equal_one_rank(tmp_path: Path) -> None:
+    (single,) = run(tmp_path / "one", 1, "books")
+    first, second = run(tmp_path / "two", 2, "books")
+    assert first["restarted"] == second["restarted"] == single["restarted"] > 0, "restarts must occur"
+    for name, value in single["state"].items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        torch.testing.assert_close(first["state"][name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_one_codec_and_nearly_that_of_one_rank(tmp_path: Path) -> None:
+    (single,) = run(tmp_path / "one", 1, "codec")
+    first, second = run(tmp_path / "two", 2, "codec")
+    assert all(torch.equal(first["state"][name], value) for name, value in second["state"].items())
+    flat = {
+        key: torch.cat([value.double().flatten() for name, value in state.items() if "_QV" not in name])
+        for key, state in (("one", single["state"]), ("two", first["state"]), ("start", single["start"]))
+    }
+    # Adam turns float noise of tiny gradients into steps of some weights, so single weights may differ.
+    assert float((flat["two"] - flat["one"]).norm()) < 0.03 * float((flat["one"] - flat["start"]).norm())
