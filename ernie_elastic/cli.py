@@ -17,7 +17,7 @@ from typing import Any
 # subcommand: (function in pipeline.commands, what it does)
 COMMANDS = {
     "demo": ("demo", "the whole pipeline on the embedded world, ending with a table and a report"),
-    "train-tokenizer": ("train_tokenizer", "train the text, visual or audio tokenizer"),
+    "train-tokenizer": ("train_tokenizer", "train the text, visual or audio tokenizer, or the refiner"),
     "prepare-data": ("prepare_data", "records to packed, tokenised shards"),
     "pretrain": ("pretrain", "train a preset (under torchrun: scripts/pretrain.py)"),
     "extract": ("extract", "cut a smaller model out of an elastic one"),

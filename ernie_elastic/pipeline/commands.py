@@ -34,31 +34,19 @@ def demo(
     run_demo(size, run_dir, ranks, seed)
 
 
-def train_tokenizer(
-    kind: Annotated[Literal["text", "visual", "audio"], tyro.conf.Positional],
-    /,
-    *,
-    out: Path,
-    size: Literal["full", "smoke"] = "full",
-    seed: int = 0,
-    overwrite: Flag = False,
-) -> None:
-    """Train one tokenizer on the embedded world.
+def train_tokenizer(run: Callable[[], None]) -> None:
+    """Train the text, visual or audio tokenizer, or the refiner."""
+    run()
 
-    Args:
-        kind: text (byte-level BPE), visual (multi-scale bits) or audio (residual codebooks).
-        out: directory to write.
-        size: full, or smoke for a quick look.
-        seed: of the world and the training.
-        overwrite: replace `out` if it exists.
-    """
-    import dataclasses
 
-    from ernie_elastic.presets import debug, demo
-    from ernie_elastic.training.train_tokenizer import train_tokenizer as train
+def _parse_train_tokenizer(prog: str, arguments: list[str]) -> Callable[[], None]:
+    from ernie_elastic.pipeline.train_tokenizer import parse_train_tokenizer
 
-    config = debug().tokenizers if size == "smoke" else demo().tokenizers
-    train(kind, out, dataclasses.replace(config, seed=seed), overwrite=overwrite)
+    run = parse_train_tokenizer(prog, arguments)
+    return lambda: train_tokenizer(run)
+
+
+train_tokenizer.parse = _parse_train_tokenizer  # type: ignore[attr-defined]  # its options depend on the kind
 
 
 def prepare_data(

@@ -36,37 +36,20 @@ class Records(Protocol):
         """Raises DataError, which names the record, when it cannot be read."""
 
 
-class MediaBatches:
-    """`Batches` of crops out of records. A record with several media gives one of them, drawn."""
+class MediaReader:
+    """Media of records, those read lately kept in memory."""
 
-    def __init__(
-        self, records: Records, kinds: tuple[str, ...], crop: Crop, batch_size: int, seed: int, source: str
-    ) -> None:
-        """kinds: of the segments that are used. crop: (media array, random numbers, step) to an array of the shape of
-        that step. batch_size: of all ranks. source: what errors call the records. Raises ConfigError when batch_size is
-        no multiple of the ranks, DataError without records.
-        """
-        if batch_size < 1 or batch_size % world_size():
-            raise ConfigError(f"tokenizer training: batch_size {batch_size} is no multiple of {world_size()} processes")
+    def __init__(self, records: Records, kinds: tuple[str, ...], source: str) -> None:
+        """kinds: of the segments that are used. source: what errors call the records. DataError without records."""
         if not len(records):
             raise DataError(f"tokenizer training: {source} has no {' or '.join(kinds)} to train on")
-        self.records, self.kinds, self.crop = records, kinds, crop
-        self.batch_size, self.seed, self.source = batch_size, seed, source
+        self.records, self.kinds, self.source = records, kinds, source
         self._cache: OrderedDict[int, list[np.ndarray]] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, step: int) -> Batch:
-        """This rank's crops of step `step`: items uint8 [N, F, H, W, 3] or float32 [N, L]."""
-        items, rejects = [], []
-        for index, draw in rows_of_step(self.seed, step, self.batch_size, len(self.records), rank(), world_size()):
-            rng = np.random.default_rng((self.seed, draw))
-            media, problems = self._readable(index)
-            rejects += problems
-            items.append(self.crop(media[int(rng.integers(len(media)))], rng, step))
-        return Batch(torch.from_numpy(np.stack(items)), tuple(rejects))
-
-    def _readable(self, index: int) -> tuple[list[np.ndarray], list[str]]:
-        """The media of the first readable record from `index` on, and why those before it are not."""
+    def readable(self, index: int) -> tuple[list[np.ndarray], list[str]]:
+        """The media, uint8 [(F,) H, W, 3] or float32 [L], of the first readable record from `index` on, and why those
+        before it are not. Raises DataError when none is."""
         problems: list[str] = []
         for shift in range(len(self.records)):
             try:
@@ -90,14 +73,37 @@ class MediaBatches:
         return media
 
 
+class MediaBatches:
+    """`Batches` of crops out of records. A record with several media gives one of them, drawn."""
+
+    def __init__(self, reader: MediaReader, crop: Crop, batch_size: int, seed: int) -> None:
+        """crop: (media array, random numbers, step) to an array of the shape of that step. batch_size: of all ranks.
+        Raises ConfigError when batch_size is no multiple of the ranks.
+        """
+        if batch_size < 1 or batch_size % world_size():
+            raise ConfigError(f"tokenizer training: batch_size {batch_size} is no multiple of {world_size()} processes")
+        self.reader, self.crop, self.batch_size, self.seed = reader, crop, batch_size, seed
+
+    def __call__(self, step: int) -> Batch:
+        """This rank's crops of step `step`: items uint8 [N, F, H, W, 3] or float32 [N, L]."""
+        items, rejects = [], []
+        size = len(self.reader.records)
+        for index, draw in rows_of_step(self.seed, step, self.batch_size, size, rank(), world_size()):
+            rng = np.random.default_rng((self.seed, draw))
+            media, problems = self.reader.readable(index)
+            rejects += problems
+            items.append(self.crop(media[int(rng.integers(len(media)))], rng, step))
+        return Batch(torch.from_numpy(np.stack(items)), tuple(rejects))
+
+
 def picture_crop(
     size_of_step: Callable[[int], tuple[int, int]], frames_of_step: Callable[[int], int], smallest: float, flip: bool
 ) -> Crop:
     """A crop uint8 [F, H, W, 3] out of a picture [h, w, 3] or clip [f, h, w, 3].
 
-    size_of_step: (H, W) at a step; frames_of_step: F, frames in a row at a drawn place, the last one held when a clip is
-    shorter (a picture is a clip of one). smallest: share of the largest area of that shape
-    inside the picture that a crop has at least; it is then resized to H x W. flip: mirror every other one.
+    size_of_step: (H, W) at a step; frames_of_step: F, frames in a row at a drawn place, the last one held when a clip
+    is shorter (a picture is a clip of one). smallest: share of the largest area of that shape inside the picture that
+    a crop has at least; it is then resized to H x W. flip: mirror every other one.
     """
 
     def crop(media: np.ndarray, rng: np.random.Generator, step: int) -> np.ndarray:

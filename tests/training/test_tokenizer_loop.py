@@ -13,7 +13,7 @@ import torch
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.training import media_batches, tokenizer_loop
-from ernie_elastic.training.media_batches import MediaBatches, picture_crop, wave_crop
+from ernie_elastic.training.media_batches import MediaBatches, MediaReader, picture_crop, wave_crop
 from ernie_elastic.training.tokenizer_loop import LoopConfig, WorkDirectory, run_loop, step_generator
 
 
@@ -63,7 +63,7 @@ class Pictures:
 
 def batches(records: Pictures, size: int = 4) -> MediaBatches:
     crop = picture_crop(lambda step: (8, 8), lambda step: 1, 0.5, True)
-    return MediaBatches(records, ("image",), crop, size, 0, "the pictures")
+    return MediaBatches(MediaReader(records, ("image",), "the pictures"), crop, size, 0)
 
 
 def lines(work: WorkDirectory) -> list[dict[str, Any]]:

@@ -1,0 +1,173 @@
+"""The stage `train-tokenizer` on any data: the full tokenizers and the refiner, as a stage directory.
+
+Contract: `out` appears whole: the tokenizer, `health.json` (numbers on held-out records), samples, `report.html`,
+`metrics.jsonl`, `rejects.txt` (records that could not be read, and why) and a manifest. Until then the state lies in
+`.NAME.training` beside it and the same command goes on from there. Under torchrun all ranks train; rank 0 writes.
+
+Shape letters: N items, F frames, H/W pixels, L samples.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.schema import SegmentKind
+from ernie_elastic.stages import say, stage_output, to_jsonable, write_atomic, write_json
+from ernie_elastic.training.media_batches import Crop, MediaBatches, MediaReader, Records
+from ernie_elastic.training.metrics import read_metrics
+from ernie_elastic.training.ranks import group, rank
+from ernie_elastic.training.tokenizer_loop import (
+    METRICS_NAME,
+    LoopConfig,
+    LoopReport,
+    Trainee,
+    WorkDirectory,
+    run_loop,
+)  # fmt: skip
+from ernie_elastic.training.tokenizer_records import open_records
+from ernie_elastic.training.tokenizer_report import SampleSheet, write_report
+
+
+@dataclass(frozen=True)
+class DataRun:
+    """What every tokenizer run on data has.
+
+    data: a directory of files, a Hugging Face dataset, or "world" for the embedded world. seed: of order, crops and
+    training. held_out_share: share of the records, by the hash of their names, that is not trained on. health_items:
+    how many pieces of those are measured. checkpoint_every: steps between saved states. num_workers: processes that
+    read ahead. max_reject_share: the run stops when more of the records than this cannot be read.
+    """
+
+    data: str
+    seed: int = 0
+    held_out_share: float = 0.1
+    health_items: int = 24
+    checkpoint_every: int = 200
+    num_workers: int = 0
+    max_reject_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_share < 1 or self.health_items < 1:
+            raise ConfigError(
+                f"train-tokenizer: held_out_share {self.held_out_share} must lie in (0, 1), health_items "
+                f"{self.health_items} at least 1"
+            )
+
+    def loop(self, steps: int) -> LoopConfig:
+        """The loop's part."""
+        return LoopConfig(steps, self.checkpoint_every, self.num_workers, self.max_reject_share)
+
+
+class Recipe(Protocol):
+    """How one kind of tokenizer is trained on data, measured and shown."""
+
+    kind: str
+    media: tuple[SegmentKind, ...]
+    sample_rate: int | None  # Hz of the sounds that it wants
+    size: int | None  # pixels of a side of the embedded world's pictures
+    steps: int
+    batch_size: int
+
+    def crop(self) -> Crop:
+        """The crop of a training batch: uint8 [F, H, W, 3] or float32 [L] of one record's medium."""
+
+    def trainee(self) -> Trainee:
+        """The trainee of this process; called once, before any batch of shape [N, ...] is read."""
+
+    def finish(self, trainee: Any, held_out: Records, directory: Path) -> tuple[dict[str, Any], SampleSheet]:
+        """Save what was trained; return its health on held-out records (shapes as in the batches) and samples."""
+
+
+def train_on_data(recipe: Recipe, run: DataRun, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
+    """Train, write the stage directory to `out`, return its health.
+
+    Raises ConfigError for settings that do not fit, DataError when the data cannot be used, CheckpointError when `out`
+    exists and overwrite is False.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        with stage_output(out, f"train-tokenizer-{recipe.kind}", {}):  # raises the one message for it
+            pass
+    begun = time.perf_counter()
+    health: dict[str, Any] = {}
+    with group():
+        train = open_records(run, recipe.media, "train", recipe.sample_rate, recipe.size)
+        held_out = open_records(run, recipe.media, "held-out", recipe.sample_rate, recipe.size)
+        if not len(held_out):
+            raise DataError(
+                f"train-tokenizer: of {len(train)} records of {run.data} none is held out at a share of "
+                f"{run.held_out_share}; raise --held-out-share or give more records"
+            )
+        work = WorkDirectory(out, {"kind": recipe.kind, **to_jsonable(run)}, overwrite)
+        trainee = recipe.trainee()
+        batches = MediaBatches(MediaReader(train, recipe.media, run.data), recipe.crop(), recipe.batch_size, run.seed)
+        report = run_loop(trainee, batches, run.loop(recipe.steps), work, f"{recipe.kind} tokenizer")
+        if rank() == 0:
+            health = _write(recipe, run, out, overwrite, trainee, (len(train), held_out), (work, report))
+        work.remove()
+    if rank() == 0:
+        say(f"{recipe.kind} tokenizer: wrote {out} in {time.perf_counter() - begun:.0f} s; open {out / 'report.html'}")
+    return health
+
+
+def _write(
+    recipe: Recipe,
+    run: DataRun,
+    out: Path,
+    overwrite: bool,
+    trainee: Trainee,
+    records: tuple[int, Records],
+    done: tuple[WorkDirectory, LoopReport],
+) -> dict[str, Any]:
+    (num_train, held_out), (work, report) = records, done
+    extra: dict[str, Any] = {}
+    stage = f"train-tokenizer-{recipe.kind}"
+    with stage_output(
+        out, stage, {"kind": recipe.kind, **to_jsonable(run)}, overwrite=overwrite, extra=extra
+    ) as folder:
+        measured, sheet = recipe.finish(trainee, held_out, folder)
+        seen = {
+            "train_records": num_train, "held_out_records": len(held_out), "train_steps": recipe.steps,
+            "items_seen": recipe.steps * recipe.batch_size, "rejected_records": len(report.rejects),
+        }  # fmt: skip
+        health = seen | measured
+        shutil.copyfile(work.path / METRICS_NAME, folder / METRICS_NAME)
+        write_atomic(folder / "rejects.txt", "".join(f"{reason}\n" for reason in report.rejects))
+        write_json(folder / "health.json", health)
+        title = f"{recipe.kind.capitalize()} tokenizer" if recipe.kind != "refiner" else "Refiner"
+        write_report(folder, f"{title}: {run.data}", health, read_metrics(folder / METRICS_NAME), sheet)
+        extra["health"] = health
+    for line in health.get("collapse", []):
+        say(f"{recipe.kind} tokenizer: sign of collapse: {line}")
+    if report.rejects:
+        unread = f"{len(report.rejects)} records could not be read"
+        say(f"{recipe.kind} tokenizer: {unread}; {out / 'rejects.txt'} names them")
+    return health
+
+
+def held_out_pieces(
+    records: Records, media: tuple[str, ...], crop: Callable[[np.ndarray, np.random.Generator, int], np.ndarray],
+    count: int, seed: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """`count` pieces (uint8 [F, H, W, 3] or float32 [L]) of held-out records in turn; the same at every call.
+
+    The next record takes the place of one that cannot be read. Raises DataError when none can.
+    """
+    reader = MediaReader(records, media, "the held-out part")
+    pieces = []
+    for number in range(count):
+        array, _ = reader.readable(number % len(records))
+        rng = np.random.default_rng((seed, number))
+        pieces.append(crop(array[0], rng, number))
+    return pieces
+
+
+__all__ = ["DataRun", "Recipe", "held_out_pieces", "train_on_data"]
