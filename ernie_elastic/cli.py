@@ -18,6 +18,7 @@ from typing import Any
 COMMANDS = {
     "demo": ("demo", "the whole pipeline on the embedded world, ending with a table and a report"),
     "train-tokenizer": ("train_tokenizer", "train the text, visual or audio tokenizer, or the refiner"),
+    "import-codec": ("import_codec", "make an audio tokenizer of a Mimi, EnCodec or DAC directory"),
     "prepare-data": ("prepare_data", "records to packed, tokenised shards"),
     "pretrain": ("pretrain", "train a preset (under torchrun: scripts/pretrain.py)"),
     "extract": ("extract", "cut a smaller model out of an elastic one"),

@@ -1,4 +1,4 @@
-"""Real photographs, speech and text to train tokenizers on: `python scripts/real_inputs.py OUT [--utterances 400]`.
+"""Real photographs, speech and text to train tokenizers on: `python scripts/real_inputs.py OUT`.
 
 OUT/photographs: the photographs that scikit-learn and scikit-image carry (PNG). OUT/speech: sentences of the Python
 documentation, spoken by espeak-ng's voices (WAV, 22,050 Hz). OUT/text: the Python documentation and the documentation
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from PIL import Image
 
 from ernie_elastic.stages import progress, publish_directory
 
+PARTS = ("photographs", "speech", "text")
 # Names in skimage.data whose files are in the package, colour or grey; drawings, synthetic pictures and second
 # views are left out.
 PHOTOGRAPHS = (
@@ -110,24 +111,25 @@ def speak(utterances: int, directory: Path) -> None:
         list(progress(done, total=len(jobs), desc="speech", unit="sentence"))
 
 
-def write(out: Path, utterances: int) -> None:
-    """Make the three directories below `out`, which must not exist; it appears whole or not at all."""
+def write(out: Path, utterances: int, parts: Sequence[str] = PARTS) -> None:
+    """Make the directories of `parts` below `out`, which must not exist; it appears whole or not at all."""
     if out.exists():
         sys.exit(f"{out} exists already; choose another directory")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as folder:
         root = Path(folder) / "inputs"
-        for name in ("photographs", "speech", "text"):
+        for name in parts:
             (root / name).mkdir(parents=True)
-        for name, picture in photographs():
+        for name, picture in photographs() if "photographs" in parts else ():
             Image.fromarray(picture).save(root / "photographs" / f"{name}.png")
         for part, texts in (("topic", topics().items()), ("module", module_docs()), ("package", package_docs())):
-            for name, text in texts:
+            for name, text in texts if "text" in parts else ():
                 (root / "text" / f"{part}-{re.sub('[^A-Za-z0-9_.-]', '_', name)}.txt").write_text(
                     text, encoding="utf-8"
                 )
-        speak(utterances, root / "speech")
-        counts = ", ".join(f"{len(list((root / name).iterdir()))} {name}" for name in ("photographs", "speech", "text"))
+        if "speech" in parts:
+            speak(utterances, root / "speech")
+        counts = ", ".join(f"{len(list((root / name).iterdir()))} {name}" for name in parts)
         publish_directory(root, out)
     print(f"real_inputs: {counts}; wrote {out}")
 
@@ -136,5 +138,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to make")
     parser.add_argument("--utterances", type=int, default=400, help="sentences to speak (default: 400)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to make (default: all)")
     arguments = parser.parse_args()
-    write(arguments.out, arguments.utterances)
+    write(arguments.out, arguments.utterances, arguments.parts)

@@ -49,6 +49,20 @@ def _parse_train_tokenizer(prog: str, arguments: list[str]) -> Callable[[], None
 train_tokenizer.parse = _parse_train_tokenizer  # type: ignore[attr-defined]  # its options depend on the kind
 
 
+def import_codec(source: Directory, /, *, out: Path, num_levels: int | None = None, overwrite: Flag = False) -> None:
+    """Make an audio tokenizer of a Transformers Mimi, EnCodec or DAC directory; the weights are copied.
+
+    Args:
+        source: the model's directory.
+        out: directory to write.
+        num_levels: codebooks to use (default: all that the model has).
+        overwrite: replace `out` if it exists.
+    """
+    from ernie_elastic.pipeline.train_tokenizer import import_audio_codec
+
+    import_audio_codec(source, out, num_levels, overwrite)
+
+
 def prepare_data(
     *,
     tokenizers: Path,
@@ -219,6 +233,7 @@ def generate(
     bit_temperature: float = 0.8,
     seed: int = 0,
     max_new_tokens: int = 64,
+    refine: Path | None = None,
 ) -> None:
     """Generate text, an image, a video or a sound from a prompt and media.
 
@@ -234,6 +249,7 @@ def generate(
         bit_temperature: of the bits of pictures and frames; 0 takes the likelier value of each.
         seed: of the draws.
         max_new_tokens: limit of the answer's text.
+        refine: directory of a refiner that makes pictures and frames larger (train-tokenizer refiner).
     """
     from ernie_elastic.pipeline.generate import run_generate
 
@@ -248,6 +264,7 @@ def generate(
         bit_temperature,
         seed,
         max_new_tokens,
+        refine,
     )
 
 
@@ -300,6 +317,7 @@ __all__ = [
     "evaluate",
     "extract",
     "generate",
+    "import_codec",
     "info",
     "prepare_data",
     "pretrain",

@@ -56,6 +56,26 @@ def parse_train_tokenizer(prog: str, arguments: Sequence[str]) -> Callable[[], N
     return _deferred(_trainer(kind), f"{prog} {kind}", given[1:])
 
 
+def import_audio_codec(source: Path, out: Path, num_levels: int | None, overwrite: bool) -> None:
+    """Write a Transformers codec as an audio tokenizer's stage directory.
+
+    Raises CheckpointError when source is no Mimi, EnCodec or DAC model or `out` exists, ConfigError for a number of
+    levels that the model has not.
+    """
+    from ernie_elastic.stages import say, stage_output
+    from ernie_elastic.tokenizers.audio_adapters import adapter_from_directory
+
+    tokenizer = adapter_from_directory(source, num_levels)
+    settings = {"kind": "audio", "source": str(source), "num_levels": tokenizer.num_levels}
+    with stage_output(out, "train-tokenizer-audio", settings, overwrite=overwrite) as folder:
+        tokenizer.save(folder)
+    rate = tokenizer.config.sample_rate / tokenizer.config.step_samples
+    say(
+        f"import-codec: {tokenizer.architecture}, {tokenizer.config.sample_rate} Hz, {rate:g} steps a second, "
+        f"{tokenizer.num_levels} levels of {tokenizer.codebook_size} codes; wrote {out}"
+    )
+
+
 def _deferred(function: Callable[..., None], prog: str, arguments: list[str]) -> Callable[[], None]:
     import functools
 

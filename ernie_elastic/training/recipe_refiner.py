@@ -56,7 +56,8 @@ class RefinerRecipe:
 
     def __init__(self, run: RefinerRun) -> None:
         self.run = run
-        self.steps, self.batch_size, self.size = run.training.steps, run.training.batch_size, run.health_size
+        self.steps, self.batch_size = run.training.steps, run.training.batch_size
+        self.size: int | None = run.health_size
 
     def crop(self) -> Crop:
         """Square crops uint8 [1, H, W, 3] at the high resolution."""

@@ -93,7 +93,8 @@ class VisualRecipe:
     def __init__(self, run: VisualRun) -> None:
         self.run = run
         self.config = run.model.config(run.seed)
-        self.steps, self.batch_size, self.size = run.training.steps, run.training.batch_size, run.model.image_size
+        self.steps, self.batch_size = run.training.steps, run.training.batch_size
+        self.size: int | None = run.model.image_size
 
     def crop(self) -> Crop:
         """Crops uint8 [F, H, W, 3] of every shape in turn, pictures and clips in turn."""

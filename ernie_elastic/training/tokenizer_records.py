@@ -25,9 +25,14 @@ WORLD_TASKS: dict[SegmentKind, tuple[str, ...]] = {
 class Settings(Protocol):
     """The part of a run that chooses its records."""
 
-    data: str
-    seed: int
-    held_out_share: float
+    @property
+    def data(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def held_out_share(self) -> float: ...
 
 
 class WorldRecords:
