@@ -32,7 +32,8 @@ SHEET_SIDE = 160  # pixels of a picture on the sheet
 @dataclass(frozen=True)
 class VisualModel:
     """Sizes of the convolutional tokenizer; `ConvVisualTokenizerConfig` says what each is. aspect_ratios: (height,
-    width) of the shapes beside the square; every shape has a scale schedule of its own."""
+    width) of the shapes beside the square; every shape has a scale schedule of its own. multipliers: None = 1, 2, 4, 4
+    ... as many as the stride needs."""
 
     image_size: int = 256
     stride: int = 16
@@ -45,13 +46,16 @@ class VisualModel:
     blocks: int = 1
     decoder_blocks: int = 1
     mid_blocks: int = 1
+    stem: int = 2
+    multipliers: tuple[int, ...] | None = None
 
     def config(self, seed: int) -> ConvVisualTokenizerConfig:
         """The tokenizer's config with schedules for all shapes. Raises ConfigError for sizes that do not fit."""
+        levels = {} if self.multipliers is None else {"multipliers": self.multipliers}
         return conv_visual_config(
             self.image_size, self.stride, self.num_bits, self.aspect_ratios, self.num_scales,
             temporal_stride=self.temporal_stride, bit_series=self.bit_series, width=self.width, blocks=self.blocks,
-            decoder_blocks=self.decoder_blocks, mid_blocks=self.mid_blocks, seed=seed,
+            decoder_blocks=self.decoder_blocks, mid_blocks=self.mid_blocks, stem=self.stem, seed=seed, **levels,
         )  # fmt: skip
 
 

@@ -45,27 +45,31 @@ def refiner_health(
 ) -> dict[str, Any]:
     """Means over held-out pictures uint8 [H, W, 3] of any sizes, degraded at `level` (and coded by the tokenizer).
 
-    Returns pictures, factor, level and rows: "plain" (each low-resolution pixel as a square), "bicubic", "refined,
-    K steps"; each with psnr_db (of the mean squared error of each picture, then the mean), ssim (-1..1, of the
-    brightness), pyramid_distance and, with a teacher, teacher_distance (both: less is closer). Raises DataError
-    without pictures, or for one that cannot be degraded.
+    Returns pictures, factor, level, temperature and rows: "plain" (each low-resolution pixel as a square), "bicubic",
+    "refined, K steps" at the refiner's own temperature, and the last K at temperature 1. A row has psnr_db (of the mean
+    squared error of each picture, then the mean), ssim (-1..1, of the brightness), pyramid_distance and, with a
+    teacher, teacher_distance (both: less is closer). Raises DataError without pictures, or for one that cannot be
+    degraded.
     """
     if not pictures:
         raise DataError("refiner health: no pictures to measure; give at least one that was held out")
     names = ["plain", "bicubic", *(f"refined, {count} step{'s' * (count > 1)}" for count in steps)]
+    names.append(f"{names[-1]}, temperature 1")
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     pyramid = PyramidDistance()
     for number, picture in enumerate(pictures):
         true_1HW3, low = _pair(picture, refiner, degradation, tokenizer, level, seed + number)
         made = [_nearest(low, refiner.config.factor), bicubic(low, refiner.config.factor)]
         made += [refiner.refine(low, steps=count, seed=seed, level=level) for count in steps]
+        made.append(refiner.refine(low, steps=steps[-1], seed=seed, level=level, temperature=1.0))
         for name, value in zip(names, made, strict=True):
             measured[name].append(_scores(value, true_1HW3, pyramid, teacher))
     rows = [
         {"case": name, **{key: round(float(np.mean([one[key] for one in found])), 4) for key in found[0]}}
         for name, found in measured.items()
     ]
-    return {"pictures": len(pictures), "factor": refiner.config.factor, "level": level, "rows": rows}
+    about = {"factor": refiner.config.factor, "level": level, "temperature": refiner.config.temperature}
+    return {"pictures": len(pictures), **about, "rows": rows}
 
 
 def write_comparison(

@@ -67,6 +67,18 @@ def test_the_seed_decides_and_the_global_generator_does_not() -> None:
     assert not torch.equal(made.refine(low, seed=2), first)
 
 
+def test_the_temperature_scales_the_noise() -> None:
+    made, low = refiner(sigma=2.0), pixels(1, 8, 8)
+    means = [made.refine(low, seed=seed, temperature=0.0) for seed in (1, 2)]
+    assert torch.equal(*means)
+    spread = [
+        (made.refine(low, seed=1, temperature=heat).double() - means[0].double()).abs().mean() for heat in (0.2, 1.0)
+    ]
+    assert 0 < spread[0] < spread[1]
+    with pytest.raises(ConfigError, match=r"temperature 1.5 must lie in 0..1"):
+        made.refine(low, temperature=1.5)
+
+
 def test_different_pictures_start_from_different_noise_but_frames_from_the_same() -> None:
     made = refiner(sigma=2.0)
     still = pixels(1, 8, 8).expand(3, -1, -1, -1)
@@ -158,6 +170,7 @@ def test_bad_settings_are_named() -> None:
     for fields in ({"steps": 0}, {"level": 0.6}, {"level": -0.1}, {"tile": 0}):
         with pytest.raises(ConfigError, match=next(iter(fields))):
             made.refine(low, **fields)  # type: ignore[arg-type]
-    for wrong in ({"factor": 3}, {"multipliers": ()}, {"width": 0}, {"sigma": -1.0}, {"steps": 0}, {"max_level": 2.0}):
+    for wrong in ({"factor": 3}, {"multipliers": ()}, {"width": 0}, {"sigma": -1.0}, {"steps": 0}, {"max_level": 2.0},
+                  {"temperature": -0.1}):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             RefinerConfig(**wrong)  # type: ignore[arg-type]

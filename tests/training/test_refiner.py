@@ -47,7 +47,7 @@ def test_it_learns_and_beats_bicubic_on_held_out_pictures() -> None:
     assert np.mean([row["loss"] for row in metrics[-10:]]) < np.mean([row["loss"] for row in metrics[:5]])
     table = refiner_health(trainee.refiner, [bars(seed) for seed in range(8)], PLAIN, steps=(1, 2))
     rows = {row["case"]: row for row in table["rows"]}
-    assert list(rows) == ["plain", "bicubic", "refined, 1 step", "refined, 2 steps"]
+    assert list(rows) == ["plain", "bicubic", "refined, 1 step", "refined, 2 steps", "refined, 2 steps, temperature 1"]
     assert rows["bicubic"]["psnr_db"] > rows["plain"]["psnr_db"]
     for case in ("refined, 1 step", "refined, 2 steps"):
         assert rows[case]["psnr_db"] > rows["bicubic"]["psnr_db"] + 0.5
