@@ -1,6 +1,6 @@
 """Run under torchrun (or alone): learns on this rank's share of fixed batches; each rank writes what it has.
 
-usage: codebook_worker.py OUT_DIRECTORY books|codec
+usage: tokenizer_worker.py OUT_DIRECTORY books|codec|visual|refiner
 """
 
 import sys
@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 
+from ernie_elastic.modeling.refiner import RefinerConfig
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
 from ernie_elastic.tokenizers.residual_codebooks import CodebookConfig, ResidualCodebooks
+from ernie_elastic.tokenizers.visual_conv_config import conv_visual_config
 from ernie_elastic.training.ranks import group, rank, world_size
+from ernie_elastic.training.refiner import RefinerTrainee, RefinerTrainingConfig
 from ernie_elastic.training.tokenizer_audio_seanet import SeanetTrainee, SeanetTrainingConfig
+from ernie_elastic.training.tokenizer_visual_conv import ConvVisualTrainee
+from ernie_elastic.training.visual_conv_settings import ConvVisualTrainingConfig
 
 SOUNDS = 4  # of all ranks together
 LENGTH = 25
@@ -63,10 +68,40 @@ def weights_of(trainee: SeanetTrainee) -> dict[str, torch.Tensor]:
     return {**trainee.tokenizer.state_dict(), **trainee.discriminator.state_dict()}
 
 
+def train_visual() -> dict[str, Any]:
+    """The convolutional tokenizer with its discriminator; amplitudes are measured on the way."""
+    config = conv_visual_config(32, 8, 6, num_scales=3, width=4, bit_series=(3, 6))
+    training = ConvVisualTrainingConfig(
+        steps=6, warmup_share=0.5, warmup_steps=0, learning_rate=1e-3, adversarial_weight=0.1, adversarial_start=0.5,
+        discriminator_width=4, lecam_weight=0.1, perceptual_weight=0.1, average_decay=0.5,
+    )  # fmt: skip
+    trainee = ConvVisualTrainee(config, training)
+    for step in range(6):
+        trainee.step(share(pictures(step)), step)
+    assert trainee.discriminator is not None
+    state = {**trainee.tokenizer.state_dict(), **trainee.discriminator.state_dict()}
+    return {"state": {**state, "amplitudes": torch.tensor(trainee.tokenizer.config.amplitudes, dtype=torch.float64)}}
+
+
+def train_refiner() -> dict[str, Any]:
+    """The refiner's averaged weights."""
+    trainee = RefinerTrainee(RefinerConfig(width=4, blocks=1), RefinerTrainingConfig(steps=4, warmup_steps=0))
+    for step in range(4):
+        trainee.step(share(pictures(step)), step)
+    return {"state": trainee.refiner.state_dict()}
+
+
+def pictures(step: int) -> torch.Tensor:
+    """uint8 [SOUNDS, 1, 32, 32, 3], blocks of colour."""
+    small = torch.rand(SOUNDS, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+    return (255 * small.repeat_interleave(8, 2).repeat_interleave(8, 3)).byte().movedim(1, -1)[:, None]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with group(60.0):
-        found = {"books": learn_books, "codec": train_codec}[sys.argv[2]]()
+        makers = {"books": learn_books, "codec": train_codec, "visual": train_visual, "refiner": train_refiner}
+        found = makers[sys.argv[2]]()
         torch.save(found, Path(sys.argv[1]) / f"rank{rank()}.pt")
 
 

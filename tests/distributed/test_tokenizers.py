@@ -1,4 +1,4 @@
-"""Codebooks and codec on two ranks: bit-equal on both, and those that one rank learns from the whole batch."""
+"""Tokenizers on two ranks: bit-equal on both; codebooks and codec also equal to what one rank learns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import codebook_worker
+from tests.distributed import tokenizer_worker
 
-WORKER = Path(codebook_worker.__file__)
+WORKER = Path(tokenizer_worker.__file__)
 
 
 def run(out: Path, ranks: int, what: str) -> list[dict]:
@@ -51,3 +51,11 @@ def test_two_ranks_train_one_codec_and_nearly_that_of_one_rank(tmp_path: Path) -
     }
     # Adam turns float noise of tiny gradients into steps of some weights, so single weights may differ.
     assert float((flat["two"] - flat["one"]).norm()) < 0.03 * float((flat["one"] - flat["start"]).norm())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", ["visual", "refiner"])
+def test_two_ranks_keep_equal_weights(what: str, tmp_path: Path) -> None:
+    first, second = (found["state"] for found in run(tmp_path / "two", 2, what))
+    different = [name for name, value in first.items() if not torch.equal(second[name], value)]
+    assert not different and len(first) > 10
