@@ -1,6 +1,6 @@
 """The convolutional visual tokenizer: pictures of several shapes and clips to multi-scale bits and back.
 
-Contract: `encode` gives latents of length one per bit, `quantizer_for(h, w)` their bits, `decode` pixels of the
+Contract: `encode` gives latents of deviation 1, `quantizer_for(h, w)` their bits, `decode` pixels of the
 accumulated bits of any number of scales, or of the first bits of all; all deterministic. A picture is a clip of one
 frame. Clips coded in pieces give the codes of the whole clip; each latent frame is quantised on its own.
 paper: section 2.2 (2-D multi-scale tokenizer, inflated to a causal 3-D one; bit-wise quantisation; from low-bit to
@@ -48,12 +48,14 @@ class ConvVisualTokenizer(VisualTokenizer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.encoder = make_encoder(
-                config.stem, channels, config.blocks, config.mid_blocks, config.num_bits, config.time_strides
-            )
-            self.normalise = LatentNorm(config.num_bits)
+                config.stem, channels, config.blocks, config.mid_blocks, config.num_bits, config.time_strides,
+                config.feature_norm,
+            )  # fmt: skip
+            self.normalise = LatentNorm(config.num_bits, config.unit_length)
             self.decoder = make_decoder(
-                config.stem, channels, config.decoder_blocks, config.mid_blocks, config.num_bits, config.time_strides
-            )
+                config.stem, channels, config.decoder_blocks, config.mid_blocks, config.num_bits, config.time_strides,
+                config.feature_norm,
+            )  # fmt: skip
         self._make_quantizers()
 
     def _make_quantizers(self) -> None:

@@ -29,7 +29,8 @@ class ConvVisualTokenizerConfig:
     amplitudes: what a bit of each scale adds; measured in training.
     width: channels at multiplier 1. multipliers: of each level, log2(stride / stem) + 1 of them.
     blocks, decoder_blocks: residual blocks of a level. mid_blocks: more of them at the deepest level.
-    stem: side of the pixel blocks that the first convolution reads. seed: of the start weights.
+    stem: side of the pixel blocks that the first convolution reads. feature_norm: norms inside the residual blocks.
+    unit_length: latents of length one per bit at every place. seed: of the start weights.
     Raises ConfigError for what cannot be.
     """
 
@@ -46,6 +47,8 @@ class ConvVisualTokenizerConfig:
     decoder_blocks: int = 1
     mid_blocks: int = 1
     stem: int = 2
+    feature_norm: bool = False
+    unit_length: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

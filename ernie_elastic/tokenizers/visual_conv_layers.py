@@ -91,18 +91,19 @@ class Double(Causal):
 
 
 class LatentNorm(nn.Module):
-    """Latents whose bits are even and whose length is that of one per bit, at every place.
+    """Latents whose bits are even: minus the mean and over the deviation of each channel, which training measures.
 
-    First minus the mean and over the deviation of each channel, constants that training measures; then over the root
-    mean square of the place's channels. peer: BSQ and Infinity have the second alone; ours: the first, since an encoder
-    whose output hardly varies around a constant vector has constant signs and does not leave that state for long.
+    unit_length: then over the root mean square of the place's channels, as BSQ and Infinity have it (peer). ours: the
+    first, since an encoder whose output hardly varies around a constant vector has constant signs and does not leave
+    that state for long; and free lengths by default, which say how much contrast a place has.
     """
 
     mean_D: torch.Tensor
     deviation_D: torch.Tensor
 
-    def __init__(self, num_bits: int) -> None:
+    def __init__(self, num_bits: int, unit_length: bool = False) -> None:
         super().__init__()
+        self.unit_length = unit_length
         self.register_buffer("mean_D", torch.zeros(num_bits))
         self.register_buffer("deviation_D", torch.ones(num_bits))
 
@@ -110,6 +111,8 @@ class LatentNorm(nn.Module):
         """[N, D, f, h, w] to the same shape."""
         mean, deviation = (value.view(-1, 1, 1, 1) for value in (self.mean_D, self.deviation_D))
         even = (x_NDfhw - mean) / deviation
+        if not self.unit_length:
+            return even
         return even * torch.rsqrt(even.square().mean(dim=1, keepdim=True) + 1e-6)
 
     @torch.no_grad()
@@ -120,41 +123,46 @@ class LatentNorm(nn.Module):
         self.deviation_D.copy_(variance.clamp_min(1e-8).sqrt())
 
 
-def residual_block(channels: int, kernel_time: int) -> Causal:
-    """x + conv(silu(norm(conv(silu(norm(x)))))) of [N, C, F, H, W]; only its first kernel covers kernel_time frames."""
+def residual_block(channels: int, kernel_time: int, norm: bool = False) -> Causal:
+    """x + conv(silu(norm(conv(silu(norm(x)))))) of [N, C, F, H, W]; only its first kernel covers kernel_time frames.
+
+    norm: False leaves the norms out.
+    """
     last = _quieter(CausalConv3d(channels, channels, 1))
-    layers = [*_active(channels), CausalConv3d(channels, channels, kernel_time), *_active(channels), last]
+    layers = [*_active(channels, norm), CausalConv3d(channels, channels, kernel_time), *_active(channels, norm), last]
     return CausalResidual(CausalSequence(layers))
 
 
 def make_encoder(
-    stem: int, channels: tuple[int, ...], blocks: int, mid_blocks: int, num_bits: int, time_strides: tuple[int, ...]
-) -> Causal:
+    stem: int, channels: tuple[int, ...], blocks: int, mid_blocks: int, num_bits: int, time_strides: tuple[int, ...],
+    norm: bool = False,
+) -> Causal:  # fmt: skip
     """Pixels [N, 3, F, H, W] in -1..1 to what `LatentNorm` makes latents [N, D, f, h, w] of.
 
     stem: side of the pixel blocks. channels: of each level, one halving between two. blocks: residual blocks of a
-    level; mid_blocks: more of them at the deepest. time_strides: 1 or 2 for each halving.
+    level; mid_blocks: more of them at the deepest. time_strides: 1 or 2 for each halving. norm: of the residual blocks.
     """
     kernel_time = _kernel_time(time_strides)
     layers: list[Causal] = [Frames(Gather(stem)), CausalConv3d(3 * stem * stem, channels[0], 1)]
     for level, width in enumerate(channels):
-        layers += [residual_block(width, kernel_time) for _ in range(blocks)]
+        layers += [residual_block(width, kernel_time, norm) for _ in range(blocks)]
         if level < len(time_strides):
             layers.append(Halve(width, channels[level + 1], kernel_time, time_strides[level]))
-    layers += [residual_block(channels[-1], kernel_time) for _ in range(mid_blocks)]
+    layers += [residual_block(channels[-1], kernel_time, norm) for _ in range(mid_blocks)]
     layers += [CausalConv3d(channels[-1], num_bits, 1)]
     return CausalSequence(layers)
 
 
 def make_decoder(
-    stem: int, channels: tuple[int, ...], blocks: int, mid_blocks: int, num_bits: int, time_strides: tuple[int, ...]
-) -> Causal:
+    stem: int, channels: tuple[int, ...], blocks: int, mid_blocks: int, num_bits: int, time_strides: tuple[int, ...],
+    norm: bool = False,
+) -> Causal:  # fmt: skip
     """Features [N, D, f, h, w] to pixels [N, 3, F, H, W] around -1..1; arguments as in `make_encoder`."""
     kernel_time = _kernel_time(time_strides)
     layers: list[Causal] = [CausalConv3d(num_bits, channels[-1], kernel_time)]
-    layers += [residual_block(channels[-1], kernel_time) for _ in range(mid_blocks)]
+    layers += [residual_block(channels[-1], kernel_time, norm) for _ in range(mid_blocks)]
     for level in reversed(range(len(channels))):
-        layers += [residual_block(channels[level], kernel_time) for _ in range(blocks)]
+        layers += [residual_block(channels[level], kernel_time, norm) for _ in range(blocks)]
         if level:
             layers += [RepeatFrames()] if time_strides[level - 1] == 2 else []
             layers.append(Double(channels[level], channels[level - 1], kernel_time))
@@ -169,8 +177,8 @@ def _quieter(layer: CausalConv3d) -> CausalConv3d:
     return layer
 
 
-def _active(channels: int) -> list[Causal]:
-    return [Frames(FrameNorm(channels)), Frames(nn.SiLU())]
+def _active(channels: int, norm: bool) -> list[Causal]:
+    return [*([Frames(FrameNorm(channels))] if norm else []), Frames(nn.SiLU())]
 
 
 def _kernel_time(time_strides: tuple[int, ...]) -> int:

@@ -48,6 +48,8 @@ class VisualModel:
     mid_blocks: int = 1
     stem: int = 2
     multipliers: tuple[int, ...] | None = None
+    feature_norm: bool = False
+    unit_length: bool = False
 
     def config(self, seed: int) -> ConvVisualTokenizerConfig:
         """The tokenizer's config with schedules for all shapes. Raises ConfigError for sizes that do not fit."""
@@ -55,7 +57,8 @@ class VisualModel:
         return conv_visual_config(
             self.image_size, self.stride, self.num_bits, self.aspect_ratios, self.num_scales,
             temporal_stride=self.temporal_stride, bit_series=self.bit_series, width=self.width, blocks=self.blocks,
-            decoder_blocks=self.decoder_blocks, mid_blocks=self.mid_blocks, stem=self.stem, seed=seed, **levels,
+            decoder_blocks=self.decoder_blocks, mid_blocks=self.mid_blocks, stem=self.stem, seed=seed,
+            feature_norm=self.feature_norm, unit_length=self.unit_length, **levels,
         )  # fmt: skip
 
 

@@ -104,7 +104,8 @@ def test_every_schedule_codes_its_size(size: tuple[int, int]) -> None:
     tokenizer, given = make(), pixels(2, *size)
     latent = tokenizer.encode(given)
     assert latent.shape == (2, size[0] // 8, size[1] // 8, 12) and latent.dtype == torch.float32
-    torch.testing.assert_close(latent.square().mean(dim=-1), torch.ones(latent.shape[:3]), atol=1e-4, rtol=0)
+    unit = make(unit_length=True).encode(given)
+    torch.testing.assert_close(unit.square().mean(dim=-1), torch.ones(latent.shape[:3]), atol=1e-4, rtol=0)
     codes = tokenizer.quantizer_for(*latent.shape[1:3]).encode(latent)
     assert tuple(codes.targets[-1].shape) == tuple(latent.shape)
     picture = tokenizer.decode(codes.total)

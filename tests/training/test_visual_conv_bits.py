@@ -53,12 +53,15 @@ def test_measured_amplitudes_fit_and_are_followed() -> None:
 def test_latents_are_made_even_by_the_statistics_of_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     raw = 5 + 0.1 * torch.randn(8, 12, 1, 4, 4, generator=generator)  # all signs equal
-    normalise = LatentNorm(12)
+    normalise, unit = LatentNorm(12), LatentNorm(12, unit_length=True)
     assert bool((normalise(raw) > 0).all())
     follow_latents(normalise, raw, 1.0)
     even = normalise(raw)
     assert float((even > 0).float().mean(dim=(0, 2, 3, 4)).sub(0.5).abs().max()) < 0.15
-    torch.testing.assert_close(even.square().mean(dim=1), torch.ones(8, 1, 4, 4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(even.square().mean(dim=(0, 2, 3, 4)), torch.ones(12), atol=1e-3, rtol=0)
+    unit.load_state_dict(normalise.state_dict())
+    torch.testing.assert_close(unit(raw).square().mean(dim=1), torch.ones(8, 1, 4, 4), atol=1e-3, rtol=0)
+    assert torch.equal(unit(raw) > 0, even > 0), "the length changes no bit of a single scale"
     before = normalise.mean_D.clone()
     follow_latents(normalise, raw + 1, 0.25)
     torch.testing.assert_close(normalise.mean_D, before + 0.25)
