@@ -133,6 +133,8 @@ def test_what_stands_there_is_kept(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_used_is_refused(tmp_path: Path, pictures: Path) -> None:
+    for number in range(8):
+        (pictures / f"text-{number}.png").write_text("no picture")
     run = visual(str(pictures), held_out_share=0.3)
     with pytest.raises(DataError, match=r"records cannot be read, more than the limit of 1%"):
         train_on_data(VisualRecipe(run), run, tmp_path / "out")

@@ -1,0 +1,162 @@
+"""Where records come from: a directory of files, or a Hugging Face dataset; one index-addressed sequence of samples.
+
+Contract: opening reads no media; record i is the same at every call and in every process; one that cannot be read is a
+DataError that names it. Media come as they are stored, at their own size, sounds at the rate that is asked for.
+`source_datasets` reads datasets. ours: the report does not say where records come from.
+
+Shape letters: H/W pixels, F frames, L samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie_elastic.data.decoding import read_audio, read_image, read_video
+from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.schema import Sample, Segment, SegmentKind, SegmentRole
+
+TASK = "data"  # of a sample that no checker knows
+SUFFIXES: dict[SegmentKind, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"),
+    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".ogv", ".apng", ".gif"),
+    "audio": (".wav", ".aiff", ".aif", ".flac", ".ogg", ".mp3"),
+    "text": (".txt", ".md", ".rst"),
+}
+DATASET_SUFFIXES = (".parquet", ".jsonl", ".csv")
+SAVED_DATASET = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+SPLIT_BITS = 64
+
+
+class Source(ABC):
+    """Records behind an index; picklable, so that processes may share the work."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """A name of record `index` that does not depend on where the source lies."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The record. Raises DataError, which names it, when it cannot be read."""
+
+    def split(self, share: float, held_out: bool) -> Subset:
+        """The records whose names' hash falls into the last `share`, or (held_out False) all others.
+
+        A record stays on its side when others come or go.
+        """
+        chosen = [i for i in range(len(self)) if (_place(self.key(i)) < share) == held_out]
+        return Subset(self, chosen)
+
+
+class Subset(Source):
+    """Some records of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, index: int) -> str:
+        """The record's key in the whole source."""
+        return self.source.key(self.indices[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[self.indices[index]]
+
+
+class FolderSource(Source):
+    """The files of a directory and the directories in it, in the order of their names; hidden ones are left out."""
+
+    def __init__(self, directory: Path, kinds: Sequence[SegmentKind], sample_rate: int | None) -> None:
+        """kinds: of the files that count. A GIF or APNG is a video where videos are wanted, else a picture."""
+        self.directory, self.sample_rate = directory, sample_rate
+        suffixes = {suffix: kind for kind in kinds for suffix in SUFFIXES[kind]}
+        if "image" in kinds and "video" not in kinds:
+            suffixes |= {".gif": "image", ".apng": "image"}
+        found = [path for path in directory.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+        relative = [path.relative_to(directory) for path in found]
+        shown = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
+        self.files = [(path.as_posix(), suffixes[path.suffix.lower()]) for path in sorted(shown)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, index: int) -> str:
+        """The file's path below the directory."""
+        return self.files[index][0]
+
+    def __getitem__(self, index: int) -> Sample:
+        name, kind = self.files[index]
+        return Sample(name, TASK, (read_segment(kind, self.directory / name, name, self.sample_rate),))
+
+
+def read_segment(
+    kind: SegmentKind, content: Path | bytes | str, name: str, sample_rate: int | None, role: SegmentRole = "target"
+) -> Segment:
+    """One segment: a picture uint8 [H, W, 3], a clip uint8 [F, H, W, 3], a sound float32 [L], or text.
+
+    content: a file, its bytes, or (for text) the text itself. name: what errors call it. Raises DataError when it
+    cannot be read, ConfigError for a sound without sample_rate.
+    """
+    if kind == "text":
+        return Segment("text", role, text=content if isinstance(content, str) else _text(content, name))
+    if isinstance(content, str):
+        raise DataError(f"{name}: a {kind} is a file or its bytes, not a text")
+    if kind == "image":
+        return Segment("image", role, array=read_image(content, name))
+    if kind == "video":
+        return Segment("video", role, array=read_video(content, name=name))
+    if sample_rate is None:
+        raise ConfigError(f"{name}: sounds are read at a sample rate, and none was given")
+    return Segment("audio", role, array=read_audio(content, sample_rate, name))
+
+
+def _text(content: Path | bytes, name: str) -> str:
+    try:
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is no UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}; save it as UTF-8"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{name} cannot be used: it holds no text; leave it out")
+    return text
+
+
+def _place(key: str) -> float:
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=SPLIT_BITS // 8).digest()
+    return int.from_bytes(digest, "big") / 2**SPLIT_BITS
+
+
+def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int | None = None) -> Source:
+    """The records of a directory of files, of a saved dataset's directory, or of Parquet, JSONL and CSV files.
+
+    kinds: of the media that are wanted; records give no others. sample_rate: Hz, for sounds. Raises ConfigError when
+    nothing of these kinds is there.
+    """
+    path = Path(spec)
+    if not path.exists():
+        raise ConfigError(f"--data {path} does not exist; give a directory, a dataset or a file")
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in DATASET_SUFFIXES)
+    saved = path.is_dir() and any((path / name).exists() for name in SAVED_DATASET)
+    if saved or (files and files[0].suffix in DATASET_SUFFIXES):
+        # Takes seconds to import.
+        from ernie_elastic.data.source_datasets import DatasetSource
+
+        return DatasetSource(path, [] if saved else files, kinds, sample_rate)
+    if path.is_file():
+        raise ConfigError(f"--data {path}: a file must end in {', '.join(DATASET_SUFFIXES)}; or give its directory")
+    source = FolderSource(path, kinds, sample_rate)
+    if not len(source):
+        known = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
+        raise ConfigError(f"--data {path} holds no {' or '.join(kinds)}: no file ends in {known}")
+    return source
