@@ -12,7 +12,7 @@ from typing import Any
 from ernie_elastic.data.layout import Layout, document_length
 from ernie_elastic.data.packing import pack_lengths, packing_efficiency
 from ernie_elastic.data.shards import ROWS_FILE, write_rows, write_shard
-from ernie_elastic.data.tokenise import Tokenizers, tokenise
+from ernie_elastic.data.tokenise import Tokenizers, check_sample, tokenise
 from ernie_elastic.data.world import WorldConfig, world_records
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.schema import Sample
@@ -40,6 +40,7 @@ class PrepareConfig:
     row_length: positions of a packed row. records_per_shard and num_workers only change speed and file sizes.
     max_reject_share: the stage stops when more of the records than this cannot be used. sound_features: also store what
     a model with audio_input "continuous" reads (256 bytes a step beside 6 of codes, at the default sizes).
+    text_dropout: BPE dropout of all texts (paper: section 2.1, in training only; these shards are for training).
     """
 
     num_records: int = 20000
@@ -49,6 +50,7 @@ class PrepareConfig:
     num_workers: int = 2
     max_reject_share: float = 0.01
     sound_features: bool = True
+    text_dropout: float = 0.0
     world: WorldConfig = field(default_factory=WorldConfig)
     task_weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
 
@@ -63,6 +65,8 @@ def prepare_data(
     """
     if config.num_records < 1:
         raise ConfigError(f"prepare-data: num_records {config.num_records} must be at least 1")
+    if not 0 <= config.text_dropout < 1:
+        raise ConfigError(f"prepare-data: text_dropout {config.text_dropout} must lie in [0, 1)")
     extra: dict[str, Any] = {}
     tokens: Counter[str] = Counter()
     lengths: list[int] = []
@@ -124,7 +128,8 @@ def _make_shard(job: Job) -> Result:
     tokenizers = Tokenizers.load(tokenizers_dir)
     count = min(config.records_per_shard, config.num_records - start)
     samples = list(world_records(config.task_weights, config.seed, "train", start, count, config.world))
-    documents, rejects = _tokenise_kept(samples, tokenizers)
+    kept, rejects = _kept(samples, tokenizers)
+    documents = tokenise(kept, tokenizers, config.text_dropout, config.seed)
     write_shard(Path(path), documents, config.sound_features)
     tokens: Counter[str] = Counter()
     for document in documents:
@@ -133,14 +138,14 @@ def _make_shard(job: Job) -> Result:
     return [document_length(document, layout) for document in documents], dict(tokens), rejects
 
 
-def _tokenise_kept(samples: list[Sample], tokenizers: Tokenizers) -> tuple[list, list[str]]:
-    try:
-        return tokenise(samples, tokenizers), []
-    except DataError:
-        documents, rejects = [], []
-        for sample in samples:  # one by one, so that a bad record is named and left out
-            try:
-                documents += tokenise([sample], tokenizers)
-            except DataError as error:
-                rejects.append(str(error))
-        return documents, rejects
+def _kept(samples: list[Sample], tokenizers: Tokenizers) -> tuple[list[Sample], list[str]]:
+    """The samples that the tokenizers can read, and why the others are left out."""
+    kept, rejects = [], []
+    for sample in samples:
+        try:
+            check_sample(sample, tokenizers)
+        except DataError as error:
+            rejects.append(str(error))
+        else:
+            kept.append(sample)
+    return kept, rejects

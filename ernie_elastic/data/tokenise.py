@@ -6,7 +6,8 @@ Letters: F frames, H/W pixels, h/w latent grid, D bits, S audio steps, Q levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,53 +64,94 @@ def world_of(tokenizers: Tokenizers) -> WorldConfig:
     return WorldConfig(image_size=size, video_size=size, sample_rate=rate)
 
 
-def tokenise(samples: Sequence[Sample], tokenizers: Tokenizers) -> list[list[Tokens]]:
+def tokenise(
+    samples: Sequence[Sample], tokenizers: Tokenizers, text_dropout: float = 0.0, seed: int = 0
+) -> list[list[Tokens]]:
     """Token segments of each sample; pictures of the whole batch are encoded in one call.
 
-    Sounds carry the audio tokenizer's components beside their codes. Raises DataError for what cannot be
-    read.
+    Sounds carry the audio tokenizer's components beside their codes. text_dropout: BPE dropout, for training only; the
+    ids of a text are then a function of (record's key, place in it, seed). Raises DataError for what cannot be read.
     """
-    frames: list[np.ndarray] = []
-    waves: list[np.ndarray] = []
+    for sample in samples:
+        check_sample(sample, tokenizers)
+    pictures, waves = [], []
     for sample in samples:
         for segment in sample.segments:
             if segment.kind in ("image", "video"):
-                frames.extend(_frames(sample, segment, tokenizers))
+                pictures.append(_frames(sample, segment, tokenizers))
             elif segment.kind == "audio":
                 waves.append(_array(sample, segment))
-    visual = tokenizers.visual
     with torch.inference_mode():
-        latents = visual.encode(torch.from_numpy(np.stack(frames))).half().numpy() if frames else None
-        sounds = tokenizers.audio.encode_with_components(waves)
-    next_frame, next_wave, documents = 0, 0, []
+        encoded = _encode_pictures(pictures, tokenizers)
+        sounds = iter(tokenizers.audio.encode_with_components(waves))
+    documents = []
     for sample in samples:
         parts: list[Tokens] = []
-        for segment in sample.segments:
+        for place, segment in enumerate(sample.segments):
             if segment.kind == "text":
-                if segment.text is None:
-                    raise DataError(f"record {sample.key}: a text segment without text")
-                ids = np.asarray(tokenizers.text.encode(segment.text), dtype=np.int32)
-                parts.append(Tokens("text", segment.role, ids=ids))
+                draw = text_seed(sample.key, place, seed) if text_dropout else None
+                ids = tokenizers.text.encode(segment.text or "", dropout=text_dropout, seed=draw)
+                parts.append(Tokens("text", segment.role, ids=np.asarray(ids, dtype=np.int32)))
             elif segment.kind == "audio":
-                codes, components = sounds[next_wave]
-                next_wave += 1
-                features = components.half().numpy()
-                steps = np.asarray(codes, dtype=np.int16)
+                codes, components = next(sounds)
+                steps, features = np.asarray(codes, dtype=np.int16), components.half().numpy()
                 parts.append(Tokens("audio", segment.role, codes=steps, features=features, speaker=segment.speaker))
             else:
-                assert latents is not None
-                frame_list = _frames(sample, segment, tokenizers)
-                encoded = latents[next_frame : next_frame + len(frame_list)]
-                next_frame += len(frame_list)
-                if segment.kind == "video" and segment.role == "target" and not visual.frames_alone:
-                    # What is read is read frame by frame (paper: section 2.3, features of neighbouring frames are
-                    # merged by the model); what is drawn is the clip's own code.
-                    with torch.inference_mode():
-                        encoded = visual.encode_video(np.stack(frame_list)).half().numpy()
-                pixels = np.stack(frame_list) if segment.role == "input" else None
-                parts.append(Tokens(segment.kind, segment.role, pixels=pixels, latents=encoded))
+                frames, latents = next(encoded)
+                parts.append(_visual(segment, frames, latents, tokenizers))
         documents.append(parts)
     return documents
+
+
+def text_seed(key: str, place: int, seed: int) -> int:
+    """Seed of the BPE dropout of one text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{place}:{key}".encode(), digest_size=8).digest(), "little")
+
+
+def check_sample(sample: Sample, tokenizers: Tokenizers) -> None:
+    """Raise DataError, which names the record, for a segment that the tokenizers cannot read; encodes nothing."""
+    for segment in sample.segments:
+        if segment.kind in ("image", "video"):
+            _frames(sample, segment, tokenizers)
+        elif segment.kind == "text":
+            if segment.text is None:
+                raise DataError(f"record {sample.key}: a text segment without text")
+            try:
+                segment.text.encode("utf-16-be")
+            except UnicodeEncodeError as error:
+                code = ord(segment.text[error.start])
+                raise DataError(
+                    f"record {sample.key}: its text has a lone surrogate U+{code:04X} at character {error.start}, "
+                    "which is no Unicode text; repair it or leave it out"
+                ) from error
+        else:
+            try:
+                tokenizers.audio.check_wave(_array(sample, segment))
+            except DataError as error:
+                raise DataError(f"record {sample.key}: {error}") from error
+
+
+def _encode_pictures(
+    pictures: Sequence[list[np.ndarray]], tokenizers: Tokenizers
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """(frames, latents float16 [F, h, w, D]) of each picture or clip, every frame by itself."""
+    if not pictures:
+        return iter(())
+    stacked = np.stack([frame for frames in pictures for frame in frames])
+    latents = tokenizers.visual.encode(torch.from_numpy(stacked)).half().numpy()
+    ends = np.cumsum([len(frames) for frames in pictures])
+    parts = [latents[end - len(frames) : end] for frames, end in zip(pictures, ends, strict=True)]
+    return iter(zip(pictures, parts, strict=True))
+
+
+def _visual(segment: Segment, frames: list[np.ndarray], latents: np.ndarray, tokenizers: Tokenizers) -> Tokens:
+    if segment.kind == "video" and segment.role == "target" and not tokenizers.visual.frames_alone:
+        # What is read is read frame by frame (paper: section 2.3, features of neighbouring frames are merged by the
+        # model); what is drawn is the clip's own code.
+        with torch.inference_mode():
+            latents = tokenizers.visual.encode_video(np.stack(frames)).half().numpy()
+    pixels = np.stack(frames) if segment.role == "input" else None
+    return Tokens(segment.kind, segment.role, pixels=pixels, latents=latents)
 
 
 def _array(sample: Sample, segment: Segment) -> np.ndarray:

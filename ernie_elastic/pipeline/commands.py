@@ -71,6 +71,7 @@ def prepare_data(
     row_length: int = 192,
     seed: int = 0,
     num_workers: int = 2,
+    text_dropout: float = 0.0,
     overwrite: Flag = False,
 ) -> None:
     """Tokenise and pack records of the embedded world.
@@ -82,6 +83,7 @@ def prepare_data(
         row_length: positions of a packed row.
         seed: of the records.
         num_workers: processes.
+        text_dropout: BPE dropout of the texts, 0.1 is usual; 0 is none.
         overwrite: replace `out` if it exists.
     """
     from ernie_elastic.data.prepare import PrepareConfig
@@ -92,7 +94,12 @@ def prepare_data(
 
     loaded = Tokenizers.load(tokenizers)
     config = PrepareConfig(
-        num_records=num_records, row_length=row_length, seed=seed, num_workers=num_workers, world=world_of(loaded)
+        num_records=num_records,
+        row_length=row_length,
+        seed=seed,
+        num_workers=num_workers,
+        text_dropout=text_dropout,
+        world=world_of(loaded),
     )
     layout = layout_of(demo().model.to_config(loaded))
     prepare(tokenizers, out, config, layout, overwrite=overwrite)

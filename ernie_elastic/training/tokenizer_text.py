@@ -12,6 +12,7 @@ from typing import Any
 
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.text import NUM_BYTES, SPECIAL_NAMES, TextTokenizer
+from ernie_elastic.tokenizers.text_bpe import Segmenter
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,17 @@ class TextTrainingConfig:
 
 
 def train_text_tokenizer(
-    texts: Iterable[str], training: TextTrainingConfig | None = None
+    texts: Iterable[str], training: TextTrainingConfig | None = None, segmenter: Segmenter | None = None
 ) -> tuple[TextTokenizer, dict[str, Any]]:
-    """A text tokenizer fitted to `texts` and its health on them. Raises DataError when there is no text."""
+    """A text tokenizer fitted to `texts` and its health on them. Raises DataError when there is no text.
+
+    segmenter: cuts runs of unspaced scripts into words, as for `TextTokenizer.train`.
+    """
     given = list(texts)
     if not any(given):
         raise DataError("text tokenizer: no text to train on")
     training = training or TextTrainingConfig()
-    tokenizer = TextTokenizer.train(given, training.vocab_size)
+    tokenizer = TextTokenizer.train(given, training.vocab_size, segmenter)
     return tokenizer, {"train_texts": len(given), "vocabulary": tokenizer.vocab_size}
 
 

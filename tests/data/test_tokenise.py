@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ernie_elastic.data.prepare import _kept
 from ernie_elastic.data.tokenise import tokenise, world_of
 from ernie_elastic.errors import DataError
 from ernie_elastic.schema import Sample, Segment
+from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
+from ernie_elastic.tokenizers.text import TextTokenizer
 from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 
@@ -38,6 +41,45 @@ def test_a_picture_that_does_not_fit_is_named_among_others(tokenizers: Any, shap
     with pytest.raises(DataError, match="record odd") as raised:
         tokenise([_picture("fine", 48, 48, 3), _picture("odd", *shape)], tokenizers)
     assert "48" in str(raised.value)
+
+
+def _text(key: str, text: str) -> Sample:
+    return Sample(key, "trial", (Segment("text", "input", text=text), Segment("text", "target", text=text)))
+
+
+def test_dropout_is_a_function_of_the_record_and_the_seed() -> None:
+    words = "a red circle above a blue square in the centre of the picture"
+    own: Any = SimpleNamespace(
+        text=TextTokenizer.train([words] * 20, 330), audio=SimpleNamespace(encode_with_components=lambda waves: [])
+    )
+
+    def ids(keys: tuple[str, ...], **settings: Any) -> list[list[list[int]]]:
+        found = tokenise([_text(key, words) for key in keys], own, **settings)
+        return [[part.array().tolist() for part in parts] for parts in found]
+
+    plain = ids(("a", "b"))
+    assert plain[0][0] == plain[0][1] == plain[1][0]
+    first = ids(("a", "b"), text_dropout=0.3, seed=1)
+    assert first[0][0] != first[0][1] and first[0] != first[1] and first[0][0] != plain[0][0]
+    assert ids(("b",), text_dropout=0.3, seed=1)[0] == first[1], "neighbours do not matter"
+    assert ids(("a",), text_dropout=0.3, seed=2)[0] != first[0]
+    assert all(own.text.decode(part) == words for document in first for part in document)
+
+
+def test_what_the_tokenizers_would_refuse_is_named(tokenizers: Any) -> None:
+    spectral = SpectralAudioTokenizer(SpectralAudioTokenizerConfig())
+    own: Any = SimpleNamespace(text=TextTokenizer.train(["x"], 266), visual=tokenizers.visual, audio=spectral)
+    silent = Sample("mute", "trial", (Segment("audio", "target", array=np.full(4000, np.nan, np.float32)),))
+    for sample, message in (
+        (_text("odd", "a \ud800 b"), r"record odd: its text has a lone surrogate U\+D800 at character 2"),
+        (silent, "record mute: audio tokenizer: a wave has values that are not finite"),
+    ):
+        with pytest.raises(DataError, match=message):
+            tokenise([_text("fine", "x"), sample], own)
+        kept, rejects = _kept([_text("fine", "x"), sample, _text("good", "x")], own)
+        assert [item.key for item in kept] == ["fine", "good"] and len(rejects) == 1
+        with pytest.raises(DataError, match=message):
+            raise DataError(rejects[0])
 
 
 def test_the_world_is_drawn_for_the_tokenizers_at_hand(tokenizers: Any) -> None:
