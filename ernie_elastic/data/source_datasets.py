@@ -64,7 +64,7 @@ class DatasetSource(Source):
         features = {datasets.Image: "image", datasets.Audio: "audio", datasets.Video: "video"}
         for name, feature in self.table.features.items():
             kind = features.get(type(feature))
-            if kind is None and isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+            if kind is None and _holds_content(feature):
                 kind = next((kind for kind, names in NAMES.items() if name.lower() in names), None)
             if kind in self.kinds:
                 found[name] = kind
@@ -170,6 +170,13 @@ def _from_files(path: Path, files: Sequence[Path]) -> datasets.Dataset:
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _holds_content(feature: Any) -> bool:
+    """True for a column of texts or paths, and for one of {bytes, path} that lost its media type."""
+    if isinstance(feature, dict):
+        return "bytes" in feature or "path" in feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def _short(feature: Any) -> str:
