@@ -16,6 +16,7 @@ import soundfile
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from transformers import MimiConfig, MimiModel
 
 from ernie_elastic import cli
 from ernie_elastic.data.world import WorldConfig, world_sample
@@ -44,6 +45,18 @@ def run_line(line: str, folder: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
+def tiny_mimi() -> MimiModel:
+    """A Mimi of random weights that runs in milliseconds."""
+    torch.manual_seed(0)
+    return MimiModel(
+        MimiConfig(
+            sampling_rate=2400, hidden_size=16, num_filters=4, upsampling_ratios=[6, 4], codebook_size=16,
+            codebook_dim=8, num_quantizers=4, vector_quantization_hidden_dimension=8, num_hidden_layers=1,
+            intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, sliding_window=8, upsample_groups=16,
+        )
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder in which every line of EXECUTED has been run."""
@@ -61,6 +74,7 @@ def folder(tmp_path_factory) -> Path:
         for number, name in enumerate(("demo", "demo-1", "demo-2")):
             (folder / "runs" / name).mkdir(parents=True)
             (folder / "runs" / name / "summary.json").write_text(json.dumps(made_up_summary(0.1 * number)))
+        tiny_mimi().save_pretrained(folder / "mimi")
         for line in EXECUTED:
             run_line(line, folder)
     finally:
@@ -73,7 +87,9 @@ def test_every_stage_left_a_manifest(folder):
         "tokenizers/text": "train-tokenizer-text", "tokenizers/visual": "train-tokenizer-visual",
         "tokenizers/audio": "train-tokenizer-audio", "packed": "prepare-data",
         "runs/debug/checkpoints/step-16/model": "pretrain", "submodel": "extract", "compressed": "compress",
-        "evaluation": "evaluate", "report": "routing",
+        "evaluation": "evaluate", "report": "routing", "neural/text": "train-tokenizer-text",
+        "neural/visual": "train-tokenizer-visual", "neural/audio": "train-tokenizer-audio",
+        "refiner": "train-tokenizer-refiner", "codec": "train-tokenizer-audio",
     }  # fmt: skip
     for name, stage in stages.items():
         manifest = json.loads((folder / name / "manifest.json").read_text())
@@ -172,6 +188,20 @@ def error_line(capsys, *arguments: str, program: str = "ernie-elastic") -> str:
     return lines[0]
 
 
+def test_the_tokenizers_that_commands_made_are_whole(folder):
+    from ernie_elastic.tokenizers.audio import AudioTokenizer
+    from ernie_elastic.tokenizers.visual import VisualTokenizer
+
+    for name in ("neural/text", "neural/visual", "neural/audio", "neural/audio-2", "refiner"):
+        health = json.loads((folder / name / "health.json").read_text())
+        assert health and "<h2>Health</h2>" in (folder / name / "report.html").read_text()
+        assert not (folder / name).with_name(f".{Path(name).name}.training").exists()
+    assert VisualTokenizer.load(folder / "neural/visual").architecture == "conv"
+    codec = AudioTokenizer.load(folder / "codec")
+    assert codec.architecture == "mimi" and codec.num_levels == 2
+    assert np.asarray(Image.open(folder / "large.png")).shape == (96, 96, 3)  # 48 pixels, twice as large
+
+
 def test_wrong_input_is_one_line_and_leaves_nothing(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     out = tmp_path / "out"
@@ -193,6 +223,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(folder, capsys, tmp_path, mo
     assert "give --prompt" in error_line(capsys, "generate", "submodel")
     assert "needs --out" in error_line(capsys, "generate", "submodel", "--prompt", "x", "--to", "image")
     assert "cannot be read" in error_line(capsys, "generate", "submodel", "--image", "phrase.wav")
+    drawn = ("generate", "submodel", "--prompt", "x", "--refine", "neural/visual")
+    assert "leave it out" in error_line(capsys, *drawn)
+    assert "is no refiner's" in error_line(capsys, *drawn, "--to", "image", "--out", str(tmp_path / "x.png"))
     assert "no audio heads" in error_line(
         capsys, "generate", "submodel-silent", "--prompt", "x", "--to", "audio", "--out", str(tmp_path / "x.wav")
     )

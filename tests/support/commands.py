@@ -50,6 +50,22 @@ EXECUTED: tuple[str, ...] = (
     "ernie-elastic generate runs/debug --audio phrase.wav",
     "ernie-elastic evaluate compressed --out evaluation --num-samples 4",
     "ernie-elastic routing compressed --data runs/debug/packed --out report",
+    "python scripts/real_inputs.py inputs --parts photographs text",
+    "ernie-elastic train-tokenizer text --data inputs/text --out neural/text --training.vocab-size 600",
+    "ernie-elastic train-tokenizer visual --data inputs/photographs --out neural/visual --held-out-share 0.25 "
+    "--model.image-size 32 --model.stride 8 --model.num-bits 6 --model.bit-series 3 6 --model.width 4 --model.stem 4 "
+    "--model.multipliers 1 2 --training.steps 3 --training.batch-size 5 --training.learning-rate 2e-3",
+    "ernie-elastic train-tokenizer audio --data world --out neural/audio --model.sample-rate 16000 "
+    "--model.strides 2 4 4 5 8 --model.width 4 --model.max-width 16 --model.codebook-size 8 --model.num-levels 2 "
+    "--model.decay 0.9 --training.steps 3 --training.batch-size 4 --training.crop-seconds 0.32 "
+    "--training.learning-rate 1e-3 --training.guide-weight 3 --training.commitment-weight 0.1",
+    "torchrun --nproc_per_node=2 scripts/train_tokenizer.py audio --data world --out neural/audio-2 "
+    "--model.sample-rate 16000 --model.strides 2 4 4 5 8 --model.width 2 --training.steps 2",
+    "ernie-elastic train-tokenizer refiner --data inputs/photographs --out refiner --held-out-share 0.25 "
+    "--training.steps 2",
+    'ernie-elastic generate runs/debug --prompt "a red circle" --to image --out large.png --refine refiner',
+    "ernie-elastic import-codec mimi --out codec --num-levels 2",
+    "ernie-elastic prepare-data --tokenizers tokenizers --out packed-dropout --num-records 40 --text-dropout 0.1",
     "python scripts/demo_seeds.py runs/demo runs/demo-1 runs/demo-2",
     "python scripts/bench/run.py --list",
     "python scripts/bench/run.py codec --quick --json codec.json",
