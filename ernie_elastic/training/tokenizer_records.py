@@ -26,13 +26,16 @@ class Settings(Protocol):
     """The part of a run that chooses its records."""
 
     @property
-    def data(self) -> str: ...
+    def data(self) -> str:
+        """A directory, a dataset, a file, or "world"."""
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Of the embedded world's records."""
 
     @property
-    def held_out_share(self) -> float: ...
+    def held_out_share(self) -> float:
+        """Share of the records that is not trained on."""
 
 
 class WorldRecords:

@@ -32,7 +32,11 @@ from tests.support.commands import (
 
 COMMANDS = documented_commands()
 # What a program runs in ernie_elastic.pipeline.commands; the subcommands of `ernie-elastic` are listed in its cli.
-ENTRIES = {"extract_submodel": "extract", "scripts/pretrain.py": "pretrain"}
+ENTRIES = {
+    "extract_submodel": "extract",
+    "scripts/pretrain.py": "pretrain",
+    "scripts/train_tokenizer.py": "train_tokenizer",
+}
 
 
 def parse_problems(program: str, function: str, arguments: list[str]) -> list[str]:
