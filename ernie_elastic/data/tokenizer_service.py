@@ -45,10 +45,8 @@ RECORDS_PER_JOB = 16  # sent to a worker at once; speed only
 JOBS_PER_WORKER = 2  # handed out ahead of the caller; bounds the memory
 WINDOW = 256  # records that a cache looks up at once; bounds the memory, and gives a pool behind it enough to do
 CACHE_VERSION = "1"  # another number makes every older cache entry a miss
-DECISIVE_FILES = (
-    "text/tokenizer.json", "visual/config.json", "visual/tokenizer.safetensors", "audio/config.json",
-    "audio/tokenizer.safetensors",
-)  # fmt: skip
+DECISIVE_FILES = ("text/tokenizer.json", "visual/config.json", "audio/config.json")
+WEIGHTS = ("*.safetensors", "model/*.json")  # of visual/ and audio/; `model/` is a Transformers codec's
 ARRAYS = ("ids", "pixels", "latents", "codes", "features", "speaker")
 
 
@@ -227,13 +225,17 @@ def tokenizers_hash(directory: Path | str) -> str:
     ours: not `stages.directory_hash`, which needs a manifest (tokenizers of a model directory have none), sees no file
     that changed under it, and differs when only health.json does. Raises CheckpointError when a file is missing.
     """
+    root = Path(directory)
+    files = [root / name for name in DECISIVE_FILES]
+    for kind in ("visual", "audio"):
+        found = sorted({path for pattern in WEIGHTS for path in (root / kind).rglob(pattern)})
+        files += found or [root / kind / "tokenizer.safetensors"]
     parts: list[Part] = []
-    for name in DECISIVE_FILES:
-        path = Path(directory) / name
+    for path in files:
         if not path.is_file():
             make = f"ernie-elastic train-tokenizer {path.parent.name} --out {path.parent}"
             raise CheckpointError(f"{path} does not exist; make it with `{make}`")
-        parts += [name, sha256_file(path)]
+        parts += [path.relative_to(root).as_posix(), sha256_file(path)]
     return _digest(parts)
 
 

@@ -11,17 +11,22 @@ import torch
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.packing import collate
 from ernie_elastic.data.tokenise import Tokenizers, tokenise, world_of
+from ernie_elastic.data.tokenizer_service import CachedTokenizers, InProcessTokenizers, PooledTokenizers
+from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.data.world import world_sample
+from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.answer import answer
 from ernie_elastic.modeling.generation import Sampling, layout_of
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.sizes import ModelSizes
 from ernie_elastic.schema import JUDGED_TASKS, Segment
+from ernie_elastic.tokenizers.audio_adapters import adapter_from_directory
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizer, SeanetAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
 from ernie_elastic.tokenizers.visual_conv import ConvVisualTokenizer
 from ernie_elastic.tokenizers.visual_conv_config import conv_visual_config
+from tests.tokenizers.test_audio_adapters import tiny_model
 
 SIZES = ModelSizes(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -71,6 +76,34 @@ def test_every_task_trains(tokenizers: Tokenizers, model: ErnieElasticForCausalL
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("codec", ["seanet", "mimi"])
+def test_every_service_gives_the_same_documents(codec: str, tokenizers: Tokenizers, tmp_path: Path) -> None:
+    if codec == "mimi":
+        tiny_model("mimi").save_pretrained(tmp_path / "mimi")
+        tokenizers = Tokenizers(tokenizers.text, tokenizers.visual, adapter_from_directory(tmp_path / "mimi", 2))
+    tokenizers.save(tmp_path / "tokenizers")
+    world = world_of(tokenizers)
+    samples = [
+        world_sample(task, 1, 0, "train", WorldConfig(world.image_size, world.video_size)) for task in JUDGED_TASKS
+    ]
+    plain = InProcessTokenizers(Tokenizers.load(tmp_path / "tokenizers"))
+    expected = plain.tokenise(samples)
+    with PooledTokenizers(tmp_path / "tokenizers", 1) as pool:
+        assert pool.identity == plain.identity
+        same(pool.tokenise(samples), expected)
+    for _ in range(2):  # made the first time, read the second
+        with CachedTokenizers(plain, tmp_path / "cache") as cached:
+            same(cached.tokenise(samples), expected)
+
+
+def same(found: list[list[Tokens]], expected: list[list[Tokens]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for part, wanted in zip(one, other, strict=True):
+            for name in ("ids", "pixels", "latents", "codes", "features"):
+                a, b = getattr(part, name), getattr(wanted, name)
+                assert (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and np.array_equal(a, b)))
 
 
 def test_every_mode_answers(tokenizers: Tokenizers, model: ErnieElasticForCausalLM) -> None:
