@@ -186,8 +186,8 @@ def run_loop(trainee: Trainee, batches: Batches, config: LoopConfig, work: WorkD
     """Train to the last step, from the state that `work` holds; desc names the bar.
 
     Metrics are of rank 0's share. The process counts denormal numbers as zero from here on (CPUs take six times as long
-    for a step of a convolutional tokenizer whose activations hold some). Raises DataError when too many records cannot be read, ConfigError when a metric is
-    not finite; the state before stays.
+    for a step of a convolutional tokenizer whose activations hold some). Raises DataError when too many records cannot
+    be read, ConfigError when a metric is not finite; the state before stays.
     """
     torch.set_flush_denormal(True)
     first, rejects = work.restore(trainee)
