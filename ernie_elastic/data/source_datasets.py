@@ -15,12 +15,14 @@ import binascii
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import datasets
 
 from ernie_elastic.data.sources import DATASET_SUFFIXES, TASK, Source, read_segment
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment, SegmentKind, SegmentRole
+from ernie_elastic.stages import say
 
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
 # Column names that say their kind when the column holds paths or text; a media feature says it by itself.
@@ -35,6 +37,8 @@ PARTS: dict[str, SegmentKind] = {
     "input_audio": "audio", "video": "video", "video_url": "video",
 }  # fmt: skip
 MESSAGES = "messages"
+MEDIA: dict[type[Any], SegmentKind] = {datasets.Image: "image", datasets.Audio: "audio", datasets.Video: "video"}
+LISTS = (datasets.List, datasets.LargeList)
 
 
 class DatasetSource(Source):
@@ -50,20 +54,28 @@ class DatasetSource(Source):
         """files: of one type; none for a dataset that `save_to_disk` wrote. Raises ConfigError when it cannot be opened
         or no column is of these kinds."""
         self.path, self.kinds, self.sample_rate = path, tuple(kinds), sample_rate
-        self.folder = path if path.is_dir() else path.parent
+        self.folder = files[0].parent if files else path
         self.table = _saved(path) if not files else _from_files(path, files)
         self.columns = self._columns()
-        for name, kind in self.columns.items():
-            feature = self.table.features[name]
-            if kind is not None and isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+        # Only these: a row gives all columns, and the library would decode those that nobody asked for.
+        table = self.table.select_columns(list(self.columns))
+        named = [name for name in self.columns if name != MESSAGES]
+        listed = [name for name in named if isinstance(table.features[name], LISTS)]
+        self.size = len(table)
+        # As stored: casting lists of media would copy the whole dataset into the cache.
+        self.listed = table.select_columns(listed).with_format("arrow") if listed else None
+        self.table = table.remove_columns(listed) if listed else table
+        for name, feature in self.table.features.items():
+            if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
                 self.table = self.table.cast_column(name, type(feature)(decode=False))
 
     def _columns(self) -> dict[str, SegmentKind | None]:
         """Wanted columns and their kinds; None for messages."""
         found: dict[str, SegmentKind | None] = {}
-        features = {datasets.Image: "image", datasets.Audio: "audio", datasets.Video: "video"}
         for name, feature in self.table.features.items():
-            kind = features.get(type(feature))
+            if isinstance(feature, LISTS):
+                feature = feature.feature
+            kind = MEDIA.get(type(feature))
             if kind is None and _holds_content(feature):
                 kind = next((kind for kind, names in NAMES.items() if name.lower() in names), None)
             if kind in self.kinds:
@@ -80,23 +92,40 @@ class DatasetSource(Source):
         return found
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.size
 
     def key(self, index: int) -> str:
         """The dataset's name and the row."""
         return f"{self.path.name}, row {index}"
 
     def __getitem__(self, index: int) -> Sample:
-        name, row = self.key(index), self.table[index]
+        name = self.key(index)
+        row = self._row(index, name)
         segments: list[Segment] = []
         for column, kind in self.columns.items():
             if kind is None:
                 segments += self._messages(row[column], name)
-            elif row[column] is not None:
-                segments.append(self._segment(kind, row[column], f"{name}, column {column}", "target"))
+                continue
+            values = row[column] if isinstance(row[column], list) else [row[column]]
+            for value in values:
+                if value is not None:
+                    segments.append(self._segment(kind, value, f"{name}, column {column}", "target"))
         if not segments:
             raise DataError(f"{name} holds no {' or '.join(self.kinds)}; leave it out")
         return Sample(name, TASK, tuple(segments))
+
+    def _row(self, index: int, name: str) -> dict[str, Any]:
+        try:
+            row = dict(self.table[index]) if self.table.column_names else {}
+            if self.listed is not None:
+                row |= self.listed.select([index])[:].to_pylist()[0]
+        except IndexError:
+            raise
+        except Exception as error:  # the library raises many kinds, and bytes that are no UTF-8 come up here
+            raise DataError(
+                f"{name} cannot be read from the dataset ({_line(error)}); repair it or leave it out"
+            ) from error
+        return row
 
     def _messages(self, messages: Any, name: str) -> Iterator[Segment]:
         if not isinstance(messages, list):
@@ -111,10 +140,8 @@ class DatasetSource(Source):
                 kind = PARTS.get(part.get("type", "")) if isinstance(part, dict) else None
                 if kind is None:
                     raise DataError(f"{where} has a part {str(part)[:80]}; its type must be one of {', '.join(PARTS)}")
-                value = part.get(part["type"])
-                value = value.get("url", value.get("data")) if isinstance(value, dict) else value
                 if kind in self.kinds:
-                    yield self._segment(kind, value, where, role)
+                    yield self._segment(kind, _content_of(part, where), where, role)
 
     def _segment(self, kind: SegmentKind, value: Any, name: str, role: SegmentRole) -> Segment:
         content: Path | bytes | str
@@ -134,13 +161,28 @@ class DatasetSource(Source):
         if not isinstance(value, str) or not value:
             raise DataError(f"{name} has neither bytes nor a path")
         if value.startswith("data:"):
-            try:
-                return base64.b64decode(value.partition(",")[2], validate=True)
-            except binascii.Error as error:
-                raise DataError(f"{name} has a data URL that is no base64 ({error}); write it anew") from error
+            return _base64(value.partition(",")[2], name)
         if "://" in value and not value.startswith("file://"):
             raise DataError(f"{name} lies at {value[:80]}; nothing is fetched: copy it and give its path")
-        return self.folder / value.removeprefix("file://")
+        return self.folder / (unquote(urlsplit(value).path) if value.startswith("file://") else value)
+
+
+def _content_of(part: dict[str, Any], name: str) -> Any:
+    """A typed part's text, path, URL, bytes or {bytes, path}."""
+    value = part.get(part["type"])
+    if not isinstance(value, dict):
+        return value
+    if value.get("url") is not None:
+        return value["url"]
+    # What chat APIs call input_audio: base64 without the head of a data URL.
+    return _base64(value["data"], name) if isinstance(value.get("data"), str) else value
+
+
+def _base64(text: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{name} has data that is no base64 ({error}); write it anew") from error
 
 
 def _saved(path: Path) -> datasets.Dataset:
@@ -151,24 +193,33 @@ def _saved(path: Path) -> datasets.Dataset:
     if isinstance(found, datasets.Dataset):
         return found
     if "train" in found:
+        say(f"{path}: of its splits {', '.join(found)} train is read")
         return found["train"]
     raise ConfigError(f"--data {path} has the splits {', '.join(found)}; give the directory of one of them")
 
 
 def _from_files(path: Path, files: Sequence[Path]) -> datasets.Dataset:
-    suffixes = {file.suffix for file in files}
+    folders = sorted({file.parent.as_posix() for file in files})
+    if len(folders) > 1:
+        raise ConfigError(f"--data {path} holds dataset files in {folders[0]} and {folders[1]}; give one directory")
+    suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1 or not suffixes <= set(DATASET_SUFFIXES):
         raise ConfigError(f"--data {path} holds files of the types {', '.join(sorted(suffixes))}; give one of them")
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+        return datasets.load_dataset(
+            BUILDERS[files[0].suffix.lower()], data_files=[str(file) for file in files], split="train"
+        )
     except Exception as error:  # the library raises many kinds
         raise ConfigError(f"--data {path} cannot be read as {files[0].suffix[1:]} ({_line(error)})") from error
     finally:
         datasets.enable_progress_bars()
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
+    """What went wrong: the first cause, since the library wraps it in words that say nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

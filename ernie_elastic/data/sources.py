@@ -10,8 +10,9 @@ Shape letters: H/W pixels, F frames, L samples.
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ernie_elastic.data.decoding import read_audio, read_image, read_video
@@ -47,7 +48,8 @@ class Source(ABC):
     def split(self, share: float, held_out: bool) -> Subset:
         """The records whose names' hash falls into the last `share`, or (held_out False) all others.
 
-        A record stays on its side when others come or go.
+        A file stays on its side when others come or go; a dataset's row, which is named by its number, when later ones
+        do.
         """
         chosen = [i for i in range(len(self)) if (_place(self.key(i)) < share) == held_out]
         return Subset(self, chosen)
@@ -82,18 +84,18 @@ class FolderSource(Source):
         found = [path for path in directory.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
         relative = [path.relative_to(directory) for path in found]
         shown = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
-        self.files = [(path.as_posix(), suffixes[path.suffix.lower()]) for path in sorted(shown)]
+        self.files = [(path, suffixes[path.suffix.lower()]) for path in sorted(shown)]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def key(self, index: int) -> str:
-        """The file's path below the directory."""
-        return self.files[index][0]
+        """The file's path below the directory; bytes of it that are no UTF-8 as \\xff, so that it can be written."""
+        return os.fsencode(self.files[index][0].as_posix()).decode(errors="backslashreplace")
 
     def __getitem__(self, index: int) -> Sample:
-        name, kind = self.files[index]
-        return Sample(name, TASK, (read_segment(kind, self.directory / name, name, self.sample_rate),))
+        (path, kind), name = self.files[index], self.key(index)
+        return Sample(name, TASK, (read_segment(kind, self.directory / path, name, self.sample_rate),))
 
 
 def read_segment(
@@ -137,8 +139,23 @@ def _place(key: str) -> float:
     return int.from_bytes(digest, "big") / 2**SPLIT_BITS
 
 
+def _dataset_files(directory: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` below `directory` that are Parquet, JSONL or CSV files and not hidden."""
+    files = (path for path in paths if path.suffix.lower() in DATASET_SUFFIXES and path.is_file())
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(directory).parts))
+
+
+def _dataset(path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sample_rate: int | None) -> Source:
+    # Takes seconds to import.
+    from ernie_elastic.data.source_datasets import DatasetSource
+
+    return DatasetSource(path, files, kinds, sample_rate)
+
+
 def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int | None = None) -> Source:
     """The records of a directory of files, of a saved dataset's directory, or of Parquet, JSONL and CSV files.
+
+    Dataset files of a directory come before its media; those of one directory in it count when it has no such media.
 
     kinds: of the media that are wanted; records give no others. sample_rate: Hz, for sounds. Raises ConfigError when
     nothing of these kinds is there.
@@ -146,17 +163,21 @@ def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int
     path = Path(spec)
     if not path.exists():
         raise ConfigError(f"--data {path} does not exist; give a directory, a dataset or a file")
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in DATASET_SUFFIXES)
-    saved = path.is_dir() and any((path / name).exists() for name in SAVED_DATASET)
-    if saved or (files and files[0].suffix in DATASET_SUFFIXES):
-        # Takes seconds to import.
-        from ernie_elastic.data.source_datasets import DatasetSource
-
-        return DatasetSource(path, [] if saved else files, kinds, sample_rate)
     if path.is_file():
-        raise ConfigError(f"--data {path}: a file must end in {', '.join(DATASET_SUFFIXES)}; or give its directory")
+        if path.suffix.lower() not in DATASET_SUFFIXES:
+            raise ConfigError(f"--data {path}: a file must end in {', '.join(DATASET_SUFFIXES)}; or give its directory")
+        return _dataset(path, [path], kinds, sample_rate)
+    if any((path / name).exists() for name in SAVED_DATASET):
+        return _dataset(path, [], kinds, sample_rate)
+    files = _dataset_files(path, path.iterdir())
+    if files:
+        return _dataset(path, files, kinds, sample_rate)
     source = FolderSource(path, kinds, sample_rate)
     if not len(source):
+        # Datasets as hubs keep them: a readme, and the files in data/.
+        files = _dataset_files(path, path.rglob("*"))
+        if files:
+            return _dataset(path, files, kinds, sample_rate)
         known = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise ConfigError(f"--data {path} holds no {' or '.join(kinds)}: no file ends in {known}")
     return source

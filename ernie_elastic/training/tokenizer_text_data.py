@@ -65,7 +65,21 @@ def load_segmenter(name: str) -> Segmenter:
             f"segmenter {name!r} cannot be imported ({error}); give module:function, such as jieba:lcut, of an "
             "installed package"
         ) from error
-    return lambda run: list(found(run))
+    if not callable(found):
+        raise ConfigError(
+            f"segmenter {name!r} is a {type(found).__name__}; name a function of a text, such as jieba:lcut"
+        )
+
+    def segment(run: str) -> list[str]:
+        try:
+            words = list(found(run))
+        except Exception as error:  # another package's function may raise anything
+            raise ConfigError(f"segmenter {name!r} failed on {run[:20]!r} ({type(error).__name__}: {error})") from error
+        if not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"segmenter {name!r} gave {words[:3]!r} for {run[:20]!r}; expected a list of words")
+        return words
+
+    return segment
 
 
 def train_text_on_data(run: TextRun, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
@@ -94,6 +108,7 @@ def train_text_on_data(run: TextRun, out: Path | str, overwrite: bool = False) -
         health |= script_table(again, held_out)
         if run.compare:
             health["utf8_bpe_bytes_per_token"] = utf8_bytes_per_token(train, held_out, again.vocab_size)
+        health["single_byte_share"] = single_byte_share(again, held_out)
         health["collapse"] = collapse_findings(again, held_out, health, run.training.vocab_size)
         write_atomic(folder / "rejects.txt", "".join(f"{reason}\n" for reason in rejects))
         write_atomic(folder / "samples.html", samples_page(again, held_out[:SHOWN_TEXTS]))
@@ -174,11 +189,16 @@ def utf8_bytes_per_token(train: Sequence[str], held_out: Sequence[str], vocab_si
     return round(sum(len(text.encode()) for text in held_out) / tokens, 3)
 
 
-def collapse_findings(tokenizer: TextTokenizer, texts: Sequence[str], health: dict[str, Any], wanted: int) -> list[str]:
-    """Sentences about what is wrong with a text tokenizer; none for a healthy one."""
+def single_byte_share(tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
+    """Share of the tokens of texts that are one byte: what code points without a token are made of."""
     ids = Counter(index for text in texts for index in tokenizer.encode(text))
     first = len(SPECIAL_TEXTS)
-    bytes_alone = sum(count for index, count in ids.items() if first <= index < first + 256) / ids.total()
+    return round(sum(count for index, count in ids.items() if first <= index < first + 256) / ids.total(), 4)
+
+
+def collapse_findings(tokenizer: TextTokenizer, texts: Sequence[str], health: dict[str, Any], wanted: int) -> list[str]:
+    """Sentences about what is wrong with a text tokenizer; none for a healthy one."""
+    bytes_alone = single_byte_share(tokenizer, texts)
     found = []
     if health["round_trip_share"] < 1:
         found.append(f"{1 - health['round_trip_share']:.2%} of the held-out texts do not come back unchanged")

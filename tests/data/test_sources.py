@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,89 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     folder(tmp_path / "sound", {"a.wav": wav(np.zeros(10), 16000)})
     with pytest.raises(ConfigError, match="sounds are read at a sample rate"):
         open_source(tmp_path / "sound", ("audio",))[0]
+
+
+def typed(column: Any, data: bytes) -> datasets.Dataset:
+    """One row of a medium and a text; the library is not asked to encode or decode anything."""
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    text = datasets.Value("string")
+    rows = {"medium": [{"bytes": data, "path": None}], "text": ["hello"]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"medium": stored, "text": text}))
+    info = table.info.copy()
+    info.features = datasets.Features({"medium": column, "text": text})
+    return datasets.Dataset(table.data, info=info)
+
+
+@pytest.mark.parametrize("column", [datasets.Audio(), datasets.Image(), datasets.Video()])
+def test_columns_that_nobody_wants_are_not_decoded(column: Any, tmp_path: Path) -> None:
+    typed(column, b"broken").save_to_disk(str(tmp_path / "saved"))
+    assert [part.text for part in open_source(tmp_path / "saved", ("text",))[0].segments] == ["hello"]
+
+
+def test_a_column_of_lists_gives_all_its_media(tmp_path: Path) -> None:
+    several = [{"bytes": png(PIXELS), "path": None}, {"bytes": png(PIXELS[:2]), "path": None}]
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
+    rows = {"images": [several, several[:1]], "caption": ["two", "one"]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.select_columns(["images"]).save_to_disk(str(tmp_path / "alone"))
+    alone = open_source(tmp_path / "alone", ("image",))
+    assert [len(alone[index].segments) for index in range(len(alone))] == [2, 1]
+    source = pickle.loads(pickle.dumps(open_source(tmp_path / "saved", ("image", "text"))))
+    shapes = [part.text or part.array.shape for part in source[0].segments]
+    assert shapes == [(6, 9, 3), (2, 9, 3), "two"]
+    assert [part.kind for part in source[1].segments] == ["image", "text"]
+
+
+def test_base64_sounds_and_file_urls_in_messages(tmp_path: Path) -> None:
+    root = folder(tmp_path / "in", {"my picture.png": png(PIXELS)})
+    sound = {"data": base64.b64encode(wav(np.zeros(100), 8000)).decode(), "format": "wav"}
+    parts = [
+        {"type": "input_audio", "input_audio": sound},
+        {"type": "input_audio", "input_audio": {"data": "no base64 !", "format": "wav"}},
+        {"type": "image_url", "image_url": {"url": (root / "my picture.png").as_uri()}},
+    ]
+    lines = [json.dumps({"messages": [{"role": "user", "content": [part]}]}) + "\n" for part in parts]
+    (root / "rows.jsonl").write_text("".join(lines))
+    source = open_source(root / "rows.jsonl", ("image", "audio"), sample_rate=16000)
+    assert source[0].segments[0].array.shape == (200,)
+    with pytest.raises(DataError, match=r"row 1, message 0 has data that is no base64"):
+        source[1]
+    assert np.array_equal(source[2].segments[0].array, PIXELS)
+
+
+def test_datasets_as_hubs_keep_them(tmp_path: Path) -> None:
+    root = folder(tmp_path / "in", {"data/a.png": png(PIXELS), "data/._x.jsonl": b"\0", ".git/y.jsonl": b"\0"})
+    (root / "data" / "rows.JSONL").write_text('{"text": "hi", "image": "a.png"}\n')
+    segments = open_source(root, ("text",))[0].segments
+    assert [part.text for part in segments] == ["hi"]
+    # Media that lie there are what is asked for, unless the directory itself is given.
+    assert open_source(root, ("image",)).key(0) == "data/a.png"
+    assert np.array_equal(open_source(root / "data", ("image",))[0].segments[0].array, PIXELS)
+    folder(root, {"more/b.jsonl": b'{"text": "x"}\n'})
+    with pytest.raises(ConfigError, match=r"in .*data and .*more; give one directory"):
+        open_source(root, ("text",))
+
+
+def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
+    folder(
+        tmp_path, {"broken.jsonl": b'{"text": "x"}\n{"text": oops\n', "latin.jsonl": b'{"text":"x"}\n{"text":"\xff"}\n'}
+    )
+    with pytest.raises(ConfigError, match=r"cannot be read as jsonl \(JSON parse error: Invalid value. in row 1\)"):
+        open_source(tmp_path / "broken.jsonl", ("text",))
+    source = open_source(tmp_path / "latin.jsonl", ("text",))
+    assert source[0].segments[0].text == "x"
+    with pytest.raises(DataError, match=r"latin.jsonl, row 1 cannot be read from the dataset \('utf-8'.*0xff"):
+        source[1]
+
+
+def test_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
+    folder(tmp_path / "in", {"ok.txt": b"x"})
+    Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff.txt")).write_bytes(b"\xfe")
+    source = open_source(tmp_path / "in", ("text",))
+    keys = [source.key(index) for index in range(2)]
+    assert keys == ["ok.txt", "\\xff.txt"]
+    with pytest.raises(DataError, match=r"xff\.txt is no UTF-8 text: byte 0 is 0xfe") as raised:
+        source[1]
+    str(raised.value).encode()
+    assert len(source.split(0.5, True)) + len(source.split(0.5, False)) == 2

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ernie_elastic.data.prepare import _kept
-from ernie_elastic.data.tokenise import tokenise, world_of
-from ernie_elastic.errors import DataError
+from ernie_elastic.data.layout import Layout
+from ernie_elastic.data.prepare import PrepareConfig, _kept, prepare_data
+from ernie_elastic.data.shards import PackedCorpus
+from ernie_elastic.data.tokenise import Tokenizers, tokenise, world_of
+from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
@@ -64,6 +67,32 @@ def test_dropout_is_a_function_of_the_record_and_the_seed() -> None:
     assert ids(("b",), text_dropout=0.3, seed=1)[0] == first[1], "neighbours do not matter"
     assert ids(("a",), text_dropout=0.3, seed=2)[0] != first[0]
     assert all(own.text.decode(part) == words for document in first for part in document)
+
+
+def test_prepared_texts_do_not_depend_on_workers_or_shards(tmp_path: Path) -> None:
+    text = TextTokenizer.train(["a red circle above a blue square in the centre of the picture"] * 20, 330)
+    visual = PatchVisualTokenizer(
+        PatchVisualTokenizerConfig(image_size=48, patch=16, scales=((1, 1), (3, 3)), amplitudes=(0.5, 0.5), width=8)
+    )
+    audio = SpectralAudioTokenizerConfig(num_components=8)
+    Tokenizers(text, visual, SpectralAudioTokenizer(audio)).save(tmp_path / "tokenizers")
+    layout = Layout(*range(9), quantizer=visual.quantizer, num_bits=20, num_levels=3, codebook_size=64,
+                    understanding_grid=3)  # fmt: skip
+
+    def prepared(name: str, **changes: Any) -> list[list[list[int]]]:
+        config = PrepareConfig(num_records=8, task_weights={"text": 1.0}, **{"num_workers": 1, **changes})
+        report = prepare_data(tmp_path / "tokenizers", tmp_path / name, config, layout)
+        assert (report["records"], report["rejected"]) == (8, 0)
+        corpus = PackedCorpus(tmp_path / name)
+        return [[part.array().tolist() for part in corpus.document(number)] for number in range(8)]
+
+    plain, first = prepared("plain"), prepared("first", text_dropout=0.2)
+    assert first == prepared("again", text_dropout=0.2, num_workers=2, records_per_shard=3)
+    assert all(a != b for a, b in zip(plain, first, strict=True))
+    for a, b in zip(plain, first, strict=True):
+        assert [text.decode(part) for part in a] == [text.decode(part) for part in b]
+    with pytest.raises(ConfigError, match=r"text_dropout 1.0 must lie in \[0, 1\)"):
+        prepared("odd", text_dropout=1.0)
 
 
 def test_what_the_tokenizers_would_refuse_is_named(tokenizers: Any) -> None:
