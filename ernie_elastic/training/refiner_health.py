@@ -22,7 +22,7 @@ from PIL import Image
 from ernie_elastic.data.degradation import DegradationConfig, degrade
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.modeling.refiner import Refiner, bicubic
-from ernie_elastic.stages import write_atomic
+from ernie_elastic.stages import progress, write_atomic
 from ernie_elastic.tokenizers.visual import VisualTokenizer
 from ernie_elastic.training.perceptual import PyramidDistance, VisionTeacher, feature_distance
 
@@ -57,7 +57,7 @@ def refiner_health(
     names.append(f"{names[-1]}, temperature 1")
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     pyramid = PyramidDistance()
-    for number, picture in enumerate(pictures):
+    for number, picture in enumerate(progress(pictures, total=len(pictures), desc="refiner health", unit="picture")):
         true_1HW3, low = _pair(picture, refiner, degradation, tokenizer, level, seed + number)
         made = [_nearest(low, refiner.config.factor), bicubic(low, refiner.config.factor)]
         made += [refiner.refine(low, steps=count, seed=seed, level=level) for count in steps]
