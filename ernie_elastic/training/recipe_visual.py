@@ -123,7 +123,9 @@ class VisualRecipe:
         """Save the tokenizer, measure it on the largest crops of held-out records, draw `samples.png`."""
         tokenizer, sizes = trainee.tokenizer, self.config.sizes
         tokenizer.save(directory)
-        largest = picture_crop(lambda number: sizes[number % len(sizes)], lambda number: 1, 1.0, False)
+        # Every record meets every size: in step with each other, a size would see one record only.
+        size_of = lambda number: sizes[(number + number // len(held_out)) % len(sizes)]
+        largest = picture_crop(size_of, lambda number: 1, 1.0, False)
         pieces = held_out_pieces(held_out, self.media, largest, self.run.health_items, self.run.seed)
         teacher = None if self.run.training.teacher is None else VisionTeacher.load(self.run.training.teacher)
         health = conv_visual_health(tokenizer, [piece[0] for piece in pieces], teacher)

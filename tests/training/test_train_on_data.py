@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 
 from ernie_elastic.cli import main
+from ernie_elastic.data.sources import open_source
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.stages import read_manifest
 from ernie_elastic.tokenizers.audio import AudioTokenizer
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
 from ernie_elastic.tokenizers.visual import VisualTokenizer
+from ernie_elastic.training import recipe_visual
 from ernie_elastic.training.recipe_audio import AudioRecipe, AudioRun
 from ernie_elastic.training.recipe_visual import VisualModel, VisualRecipe, VisualRun
 from ernie_elastic.training.tokenizer_audio_seanet import SeanetTrainingConfig
@@ -185,3 +187,25 @@ def test_two_processes_train_one_tokenizer(tmp_path: Path) -> None:
     two, one = (AudioTokenizer.load(tmp_path / name).state_dict() for name in ("two", "one"))
     worst = max(float((two[name].float() - one[name].float()).abs().max()) for name in one)
     assert worst < 1e-3
+
+
+def test_every_size_is_measured_on_several_records(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many held-out records as sizes, a size must not always meet the same record."""
+    seen: list[tuple[tuple[int, ...], bytes]] = []
+
+    def health(tokenizer: Any, pieces: list[np.ndarray], teacher: Any) -> dict[str, Any]:
+        seen.extend((piece.shape, piece.tobytes()) for piece in pieces)
+        return {"collapse": []}
+
+    monkeypatch.setattr(recipe_visual, "conv_visual_health", health)
+    for path in list(pictures.iterdir()):
+        path.unlink()
+    for grey in (0, 80, 160, 240):
+        Image.fromarray(np.full((40, 50, 3), grey, np.uint8)).save(pictures / f"{grey}.png")
+    share = next(s / 100 for s in range(1, 100) if len(open_source(pictures, ("image",)).split(s / 100, True)) == 2)
+    run = visual(str(pictures), held_out_share=share, health_items=8)
+    train_on_data(VisualRecipe(run), run, tmp_path / "out")
+    for size in {shape for shape, _ in seen}:
+        assert len({data for shape, data in seen if shape == size}) == 2
