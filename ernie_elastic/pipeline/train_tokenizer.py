@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,21 +87,23 @@ def _deferred(function: Callable[..., None], prog: str, arguments: list[str]) ->
     return tyro.cli(call_later, prog=prog, args=arguments)
 
 
+_ARGUMENTS = """Args:
+    run: what to train on, and how.
+    out: directory to write.
+    overwrite: replace `out` if it exists.
+"""
+
+
 def _trainer(kind: str) -> Callable[..., None]:
     """The function whose signature is the command line of one kind; modules are imported for that kind alone."""
     run_class, train = _KINDS[kind]()
 
     def command(run: Any, *, out: Path, overwrite: bool = False) -> None:
-        """Train on any data.
-
-        Args:
-            run: what to train on, and how.
-            out: directory to write.
-            overwrite: replace `out` if it exists.
-        """
         train(run, out, overwrite)
 
     # Set by hand, since the class of the run is known here only.
+    about = [inspect.getdoc(run_class) or "", (inspect.getdoc(run_class.__mro__[1]) or "").partition("\n\n")[2]]
+    command.__doc__ = "\n\n".join([*about, _ARGUMENTS])
     command.__annotations__ = {"run": Annotated[run_class, tyro.conf.arg(name="")], "out": Path, "overwrite": Flag}
     return command
 
