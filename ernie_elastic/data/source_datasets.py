@@ -164,7 +164,13 @@ class DatasetSource(Source):
             return _base64(value.partition(",")[2], name)
         if "://" in value and not value.startswith("file://"):
             raise DataError(f"{name} lies at {value[:80]}; nothing is fetched: copy it and give its path")
-        return self.folder / (unquote(urlsplit(value).path) if value.startswith("file://") else value)
+        try:
+            path = unquote(urlsplit(value).path) if value.startswith("file://") else value
+        except ValueError as error:
+            raise DataError(f"{name} lies at {value[:80]!r}, which is no URL ({error}); give its path") from error
+        if "\0" in path:
+            raise DataError(f"{name} has the path {path[:80]!r}, which has a null character; give its path")
+        return self.folder / path
 
 
 def _content_of(part: dict[str, Any], name: str) -> Any:

@@ -17,13 +17,14 @@ import torch
 
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.data.world_facts import WorldConfig
-from ernie_elastic.errors import CheckpointError, DataError
+from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.tokenizers.audio import AudioTokenizer
 from ernie_elastic.tokenizers.text import TextTokenizer
 from ernie_elastic.tokenizers.visual import VisualTokenizer
 
 TOKENIZER_NAMES: tuple[Literal["text", "visual", "audio"], ...] = ("text", "visual", "audio")
+MAX_CODES = 1 << 15  # of a codebook: codes are kept as int16
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def text_seed(key: str, place: int, seed: int) -> int:
 
 
 def check_sample(sample: Sample, tokenizers: Tokenizers) -> None:
-    """Raise DataError, which names the record, for a segment that the tokenizers cannot read; encodes nothing."""
+    """Raise DataError, which names the record, for a segment that the tokenizers cannot read; encodes nothing.
+
+    Raises ConfigError for codebooks that int16 cannot number.
+    """
     for segment in sample.segments:
         if segment.kind in ("image", "video"):
             _frames(sample, segment, tokenizers)
@@ -125,6 +129,11 @@ def check_sample(sample: Sample, tokenizers: Tokenizers) -> None:
                     "which is no Unicode text; repair it or leave it out"
                 ) from error
         else:
+            if tokenizers.audio.codebook_size > MAX_CODES:
+                raise ConfigError(
+                    f"the audio tokenizer has codebooks of {tokenizers.audio.codebook_size} codes; int16 holds "
+                    f"{MAX_CODES}: train one with a smaller --model.codebook-size"
+                )
             try:
                 tokenizers.audio.check_wave(_array(sample, segment))
             except DataError as error:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ernie_elastic.data.decoding import fit_frames, fit_image, read_audio, read_image, read_video
 from ernie_elastic.data.tokenise import Tokenizers
-from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.modeling.answer import GenerationMode, answer
 from ernie_elastic.modeling.generation import Sampling
 from ernie_elastic.modeling.loading import load_model, load_tokenizers
@@ -114,3 +114,8 @@ def write_media(value: np.ndarray, out: Path, sample_rate: int) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise disk_error(error, out) from error
+    except soundfile.LibsndfileError as error:  # no OSError, and it does not say what went wrong
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {out}: {error.error_string}; choose another --out whose directory exists"
+        ) from error

@@ -53,12 +53,13 @@ class MediaReader:
         problems: list[str] = []
         for shift in range(len(self.records)):
             try:
-                return self._media((index + shift) % len(self.records)), problems
+                return self.media((index + shift) % len(self.records)), problems
             except DataError as error:
                 problems.append(str(error))
         raise DataError(f"tokenizer training: no record of {self.source} can be read; the first one: {problems[0]}")
 
-    def _media(self, index: int) -> list[np.ndarray]:
+    def media(self, index: int) -> list[np.ndarray]:
+        """The media, uint8 [(F,) H, W, 3] or float32 [L], of record `index`. Raises DataError when it has none."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]

@@ -5,6 +5,7 @@ Shape letters: N sounds, L samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ernie_elastic.errors import ConfigError
 from ernie_elastic.schema import SegmentKind
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
 from ernie_elastic.training.audio_seanet_health import codec_health
@@ -34,6 +36,12 @@ class AudioRun(DataRun):
     model: SeanetAudioTokenizerConfig = field(default_factory=SeanetAudioTokenizerConfig)
     training: SeanetTrainingConfig = field(default_factory=SeanetTrainingConfig)
     gain: tuple[float, float] = (0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.gain
+        if not 0 < low <= high < math.inf:
+            raise ConfigError(f"train-tokenizer: gain {low} {high} must be the smaller factor, above 0, and the larger")
 
 
 class AudioRecipe:

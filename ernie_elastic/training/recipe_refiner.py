@@ -41,6 +41,8 @@ class RefinerRun(DataRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.smallest_crop <= 1:
+            raise ConfigError(f"train-tokenizer: smallest_crop {self.smallest_crop} must lie in (0, 1]")
         if self.health_size < 1 or self.health_size % self.model.factor:
             raise ConfigError(
                 f"train-tokenizer: health_size {self.health_size} is no multiple of the factor {self.model.factor}"

@@ -2,13 +2,15 @@
 
 Contract: what comes out is a function of (trainee, batches, steps) and of the number of ranks; a run that was stopped
 or killed goes on from its last saved state to the same bits. Until the stage is done its state lies in a hidden
-directory beside the output, `.NAME.training`: `settings.json`, `state.pt` with its SHA-256, `metrics.jsonl`.
+directory beside the output, `.NAME.training`: `settings.json`, `state.pt` with its SHA-256, `metrics.jsonl`, `lock`.
 
 Shape letters: N items of one rank's share of a batch, F frames, H/W pixels, L samples.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -25,13 +27,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
-from ernie_elastic.stages import fingerprint, progress, say, to_jsonable, write_atomic, write_json
+from ernie_elastic.stages import disk_error, fingerprint, progress, say, to_jsonable, write_atomic, write_json
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.ranks import average_gradients, barrier, rank, world_size
 
 STATE_NAME = "state.pt"
 METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
+LOCK_NAME = "lock"  # held by rank 0 while it trains; the system frees it when the process ends, however it ends
 STEP_SHIFT = 20  # bits of a generator's seed that the rank takes; the step lies above them
 
 
@@ -66,12 +69,14 @@ class Batches(Protocol):
 @dataclass(frozen=True)
 class LoopConfig:
     """steps: optimizer steps. checkpoint_every: steps between saved states. num_workers: processes that read ahead;
-    0 = this one. max_reject_share: the run stops when more of its records than this cannot be read."""
+    0 = this one. max_reject_share: the run stops when more of its records than this cannot be read; num_records: how
+    many there are (None: as many as were read so far)."""
 
     steps: int
     checkpoint_every: int = 200
     num_workers: int = 0
     max_reject_share: float = 0.01
+    num_records: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.checkpoint_every < 1 or self.num_workers < 0:
@@ -105,13 +110,19 @@ class WorkDirectory:
     def __init__(self, out: Path | str, settings: Any, overwrite: bool = False) -> None:
         """settings: what decides the training, JSON-able; a directory of other settings is an error.
 
-        overwrite: begin anew when the settings differ. Raises ConfigError with the first difference.
+        overwrite: begin anew when the settings differ. Raises ConfigError with the first difference, or when another
+        process trains there now; CheckpointError when the directory cannot be made.
         """
         out = Path(out)
         self.path = out.with_name(f".{out.name}.training")
         wanted = to_jsonable(settings)
         if rank() == 0:
+            self._take()
             found = self._settings()
+            if found is None and (self.path / STATE_NAME).exists():
+                # The settings go first when a directory is removed, so a kill in between left what nobody can name.
+                say(f"{self.path} has no {SETTINGS_NAME}, its removal was cut short; training begins anew")
+                self._clear()
             if found is not None and fingerprint(found) != fingerprint(wanted):
                 if not overwrite:
                     raise ConfigError(
@@ -119,10 +130,25 @@ class WorkDirectory:
                         f"({_first_difference(found, wanted)}); run it with the same ones to go on, pass --overwrite "
                         "to begin anew, or choose another --out"
                     )
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+                self._clear()
             write_json(self.path / SETTINGS_NAME, wanted)
         barrier()
+
+    def _take(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK_NAME, "w")  # noqa: SIM115 - held as long as this object
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"{self.path} is in use by another training, maybe one whose launcher was killed; wait for it, end "
+                    "it, or choose another --out"
+                ) from error
+            raise disk_error(error, self.path) from error
 
     def _settings(self) -> Any:
         try:
@@ -166,7 +192,15 @@ class WorkDirectory:
     def remove(self) -> None:
         """Forget the state, after its stage is written."""
         if rank() == 0:
+            self._clear()
             shutil.rmtree(self.path, ignore_errors=True)
+            self._lock.close()
+
+    def _clear(self) -> None:
+        (self.path / SETTINGS_NAME).unlink(missing_ok=True)
+        for file in self.path.iterdir():
+            if file.name != LOCK_NAME:
+                file.unlink()
 
 
 class _Steps(Dataset):
@@ -219,9 +253,12 @@ def run_loop(trainee: Trainee, batches: Batches, config: LoopConfig, work: WorkD
 
 
 def _read(batches: Batches, config: LoopConfig, first: int) -> Iterator[Batch]:
+    # Forked, since crops are closures that cannot be sent to a fresh process.
+    start = "fork" if config.num_workers else None
     loader: DataLoader = DataLoader(
-        _Steps(batches), batch_size=None, sampler=range(first, config.steps), num_workers=config.num_workers
-    )
+        _Steps(batches), batch_size=None, sampler=range(first, config.steps), num_workers=config.num_workers,
+        multiprocessing_context=start,
+    )  # fmt: skip
     for batch in loader:
         if isinstance(batch, str):
             raise DataError(batch)
@@ -238,9 +275,11 @@ def _check_finite(metrics: dict[str, float], step: int, path: Path) -> None:
 
 
 def _check_rejects(rejects: list[str], items: int, config: LoopConfig) -> None:
-    if len(rejects) > max(1, config.max_reject_share * items):
+    total = config.num_records or items
+    if len(rejects) > max(1, config.max_reject_share * total):
+        of = f"the first {items}" if config.num_records is None else f"{total}"
         raise DataError(
-            f"tokenizer training: {len(rejects)} of the first {items} records cannot be read, more than the limit of "
+            f"tokenizer training: {len(rejects)} of {of} records cannot be read, more than the limit of "
             f"{config.max_reject_share:.0%}; the first one: {rejects[0]}"
         )
 

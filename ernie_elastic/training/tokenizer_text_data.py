@@ -23,6 +23,7 @@ from ernie_elastic.stages import progress, say, stage_output, write_atomic, writ
 from ernie_elastic.tokenizers.text import SPECIAL_TEXTS, TextTokenizer
 from ernie_elastic.tokenizers.text_bpe import PATTERN, Segmenter
 from ernie_elastic.training.media_batches import Records
+from ernie_elastic.training.ranks import world_size
 from ernie_elastic.training.tokenizer_records import open_records
 from ernie_elastic.training.tokenizer_report import SampleSheet, write_report
 from ernie_elastic.training.tokenizer_text import TextTrainingConfig, text_health, train_text_tokenizer
@@ -60,7 +61,7 @@ def load_segmenter(name: str) -> Segmenter:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module runs, and may raise anything
         raise ConfigError(
             f"segmenter {name!r} cannot be imported ({error}); give module:function, such as jieba:lcut, of an "
             "installed package"
@@ -88,6 +89,10 @@ def train_text_on_data(run: TextRun, out: Path | str, overwrite: bool = False) -
     Raises ConfigError for settings that do not fit, DataError when the texts cannot be used, CheckpointError when `out`
     exists and overwrite is False.
     """
+    if world_size() > 1:
+        raise ConfigError(
+            f"train-tokenizer text: {world_size()} processes were started, and one trains it; leave out torchrun"
+        )
     begun = time.perf_counter()
     segmenter = None if run.segmenter is None else load_segmenter(run.segmenter)
     extra: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ernie_elastic.errors import ConfigError, DataError
-from ernie_elastic.schema import SegmentKind
+from ernie_elastic.schema import Sample, SegmentKind
 from ernie_elastic.stages import say, stage_output, to_jsonable, write_atomic, write_json
 from ernie_elastic.training.media_batches import Crop, MediaBatches, MediaReader, Records
 from ernie_elastic.training.metrics import read_metrics
@@ -34,6 +34,10 @@ from ernie_elastic.training.tokenizer_loop import (
 )  # fmt: skip
 from ernie_elastic.training.tokenizer_records import open_records
 from ernie_elastic.training.tokenizer_report import SampleSheet, write_report
+
+# Fields of a run that change no weight: a stopped training goes on with other values of them.
+UNDECISIVE = ("health_items", "checkpoint_every", "num_workers", "max_reject_share")
+SHEET_ITEMS = 6  # most held-out records that a sample sheet shows
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,17 @@ class DataRun:
     max_reject_share: float = 0.01
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"train-tokenizer: seed {self.seed} must be 0 or more")
         if not 0 < self.held_out_share < 1 or self.health_items < 1:
             raise ConfigError(
                 f"train-tokenizer: held_out_share {self.held_out_share} must lie in (0, 1), health_items "
                 f"{self.health_items} at least 1"
             )
 
-    def loop(self, steps: int) -> LoopConfig:
-        """The loop's part."""
-        return LoopConfig(steps, self.checkpoint_every, self.num_workers, self.max_reject_share)
+    def loop(self, steps: int, num_records: int) -> LoopConfig:
+        """The loop's part; num_records: those that are trained on."""
+        return LoopConfig(steps, self.checkpoint_every, self.num_workers, self.max_reject_share, num_records)
 
 
 class Recipe(Protocol):
@@ -106,14 +112,20 @@ def train_on_data(recipe: Recipe, run: DataRun, out: Path | str, overwrite: bool
                 f"train-tokenizer: of {len(train)} records of {run.data} none is held out at a share of "
                 f"{run.held_out_share}; raise --held-out-share or give more records"
             )
-        work = WorkDirectory(out, {"kind": recipe.kind, **to_jsonable(run)}, overwrite)
+        # Before the training, so that a set whose held-out part cannot be read does not fail after it.
+        measured = _readable(held_out, recipe.media, run)
+        # The numbers of records too: other data under the same name would go on with a state that never saw it.
+        records = {"train": len(train), "held_out": len(held_out)}
+        decisive = {name: value for name, value in to_jsonable(run).items() if name not in UNDECISIVE}
+        work = WorkDirectory(out, {"kind": recipe.kind, "records": records, **decisive}, overwrite)
         trainee = recipe.trainee()
         batches = MediaBatches(MediaReader(train, recipe.media, run.data), recipe.crop(), recipe.batch_size, run.seed)
-        report = run_loop(trainee, batches, run.loop(recipe.steps), work, f"{recipe.kind} tokenizer")
-        if rank() == 0:
-            health = _write(recipe, run, out, overwrite, trainee, (len(train), held_out), (work, report))
-        work.remove()
+        report = run_loop(trainee, batches, run.loop(recipe.steps, len(train)), work, f"{recipe.kind} tokenizer")
+    # Without the other ranks, who have left: they would give up on a report that takes longer than the group's limit.
     if rank() == 0:
+        report.rejects = sorted({*report.rejects, *measured.rejects})
+        health = _write(recipe, run, out, overwrite, trainee, (records, measured), (work, report))
+        work.remove()
         say(f"{recipe.kind} tokenizer: wrote {out} in {time.perf_counter() - begun:.0f} s; open {out / 'report.html'}")
     return health
 
@@ -124,10 +136,10 @@ def _write(
     out: Path,
     overwrite: bool,
     trainee: Trainee,
-    records: tuple[int, Records],
+    records: tuple[dict[str, int], Records],
     done: tuple[WorkDirectory, LoopReport],
 ) -> dict[str, Any]:
-    (num_train, held_out), (work, report) = records, done
+    (counts, held_out), (work, report) = records, done
     extra: dict[str, Any] = {}
     stage = f"train-tokenizer-{recipe.kind}"
     with stage_output(
@@ -135,7 +147,7 @@ def _write(
     ) as folder:
         measured, sheet = recipe.finish(trainee, held_out, folder)
         seen = {
-            "train_records": num_train, "held_out_records": len(held_out), "train_steps": recipe.steps,
+            "train_records": counts["train"], "held_out_records": counts["held_out"], "train_steps": recipe.steps,
             "items_seen": recipe.steps * recipe.batch_size, "rejected_records": len(report.rejects),
         }  # fmt: skip
         health = seen | measured
@@ -153,13 +165,50 @@ def _write(
     return health
 
 
+class Readable:
+    """Held-out records that can be read, and why the others among them cannot."""
+
+    def __init__(self, records: Records, indices: list[int], rejects: list[str]) -> None:
+        self.records, self.indices, self.rejects = records, indices, rejects
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The record; its media are uint8 [H, W, 3] or [F, H, W, 3], or float32 [L]."""
+        return self.records[self.indices[index]]
+
+
+def _readable(records: Records, media: tuple[SegmentKind, ...], run: DataRun) -> Readable:
+    reader = MediaReader(records, media, f"the held-out part of {run.data}")
+    indices: list[int] = []
+    rejects: list[str] = []
+    for index in range(len(records)):
+        if len(indices) == max(run.health_items, SHEET_ITEMS):
+            break
+        try:
+            reader.media(index)
+            indices.append(index)
+        except DataError as error:
+            rejects.append(str(error))
+        if len(rejects) > max(1, run.max_reject_share * len(records)):
+            raise DataError(
+                f"train-tokenizer: {len(rejects)} of {len(records)} held-out records cannot be read, more than the "
+                f"limit of {run.max_reject_share:.0%}; the first one: {rejects[0]}"
+            )
+    if not indices:
+        raise DataError(f"train-tokenizer: no held-out record of {run.data} can be read; the first one: {rejects[0]}")
+    return Readable(records, indices, rejects)
+
+
 def held_out_pieces(
     records: Records, media: tuple[str, ...], crop: Callable[[np.ndarray, np.random.Generator, int], np.ndarray],
     count: int, seed: int,
 ) -> list[np.ndarray]:  # fmt: skip
     """`count` pieces (uint8 [F, H, W, 3] or float32 [L]) of held-out records in turn; the same at every call.
 
-    The next record takes the place of one that cannot be read. Raises DataError when none can.
+    The next record takes the place of one that cannot be read (the stage passes only those that can). Raises DataError
+    when none can.
     """
     reader = MediaReader(records, media, "the held-out part")
     pieces = []

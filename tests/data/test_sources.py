@@ -300,3 +300,12 @@ def test_a_name_that_is_no_utf8_can_be_written(tmp_path: Path) -> None:
         source[1]
     str(raised.value).encode()
     assert len(source.split(0.5, True)) + len(source.split(0.5, False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("a\0b.png", "has a null character"), ("file://[x/a.png", "which is no URL")]
+)
+def test_a_path_that_cannot_be_one_is_named(path: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": path}))
+    with pytest.raises(DataError, match=rf"rows.jsonl, row 0, column image .*{message}"):
+        open_source(tmp_path / "rows.jsonl", ("image",))[0]

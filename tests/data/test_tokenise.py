@@ -114,3 +114,10 @@ def test_what_the_tokenizers_would_refuse_is_named(tokenizers: Any) -> None:
 def test_the_world_is_drawn_for_the_tokenizers_at_hand(tokenizers: Any) -> None:
     world = world_of(tokenizers)
     assert (world.image_size, world.video_size, world.sample_rate) == (48, 48, 24000)
+
+
+def test_codes_that_int16_cannot_hold_are_refused(tokenizers: Any) -> None:
+    audio = SimpleNamespace(codebook_size=65536, check_wave=lambda wave: wave, encode_with_components=None)
+    sample = Sample("r", "t", (Segment("audio", "target", array=np.zeros(800, np.float32)),))
+    with pytest.raises(ConfigError, match=r"codebooks of 65536 codes; int16 holds 32768"):
+        tokenise([sample], Tokenizers(tokenizers.text, tokenizers.visual, audio))  # type: ignore[arg-type]

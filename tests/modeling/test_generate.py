@@ -14,7 +14,7 @@ from ernie_elastic.data.packing import collate
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.elastic.extract import save_model
-from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import GroupDecoder, Guidance, Sampling, layout_of
 from ernie_elastic.modeling.generation_text import decode_text
@@ -22,6 +22,7 @@ from ernie_elastic.modeling.generation_visual import decode_visual
 from ernie_elastic.modeling.multimodal_generate import run_free
 from ernie_elastic.modeling.processing import ErnieElasticProcessor
 from ernie_elastic.modeling.sizes import ModelSizes
+from ernie_elastic.pipeline.generate import write_media
 from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
 from ernie_elastic.tokenizers.text import TextTokenizer
 from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
@@ -287,3 +288,8 @@ def test_bad_prompts_say_what_is_wrong(processor, model):
         model.generate(**processor(text="a"), generation_mode="smell")
     with pytest.raises(ConfigError, match="needs a prompt of the processor"):
         model.generate(torch.tensor([[1]]), generation_mode="image")
+
+
+def test_a_sound_that_cannot_be_written_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot write .*a.wav: .*; choose another --out"):
+        write_media(np.zeros(10, np.float32), tmp_path / "missing" / "a.wav", 16000)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from ernie_elastic.data.order import shuffled_index
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.training import media_batches, tokenizer_loop
 from ernie_elastic.training.media_batches import MediaBatches, MediaReader, picture_crop, wave_crop
 from ernie_elastic.training.tokenizer_loop import LoopConfig, WorkDirectory, run_loop, step_generator
+from tests.support import ROOT
 
 
 class Regression:
@@ -206,3 +211,47 @@ def test_sounds_are_cut_or_filled_up() -> None:
     assert np.allclose(np.diff(cut), 0.01, atol=1e-6) and cut.dtype == np.float32
     short = crop(wave[:5], np.random.default_rng(0), 0)
     assert np.array_equal(short[:5], wave[:5]) and not short[5:].any()
+
+
+def test_a_removal_that_was_cut_short_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out", {"lr": 1.0})
+    run_loop(Regression(), batches(Pictures(5)), LoopConfig(2), work, "test")
+    (work.path / "settings.json").unlink()  # what goes first; the kill came before the state went too
+    trainee = Regression()
+    run_loop(trainee, batches(Pictures(5)), LoopConfig(2), WorkDirectory(tmp_path / "out", {"lr": 2.0}), "test")
+    assert trainee.seen == [0, 1]
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory; choose another --out"):
+        WorkDirectory(tmp_path / "file" / "out", {})
+
+
+def test_the_limit_counts_all_records_not_those_read_so_far(tmp_path: Path) -> None:
+    first = tuple(shuffled_index(0, 0, place, 20) for place in range(3))  # what the first step reads
+    early, late = LoopConfig(5, max_reject_share=0.1), LoopConfig(5, max_reject_share=0.1, num_records=20)
+    with pytest.raises(DataError, match=r"2 of the first 4 records"):
+        run_loop(Regression(), batches(Pictures(20, first[:2])), early, WorkDirectory(tmp_path / "a", {}), "test")
+    report = run_loop(Regression(), batches(Pictures(20, first[:2])), late, WorkDirectory(tmp_path / "b", {}), "test")
+    assert len(report.rejects) == 2
+    with pytest.raises(DataError, match=r"3 of 20 records cannot be read, more than the limit of 10%"):
+        run_loop(Regression(), batches(Pictures(20, first)), late, WorkDirectory(tmp_path / "c", {}), "test")
+
+
+def test_two_trainings_do_not_share_a_directory(tmp_path: Path) -> None:
+    WorkDirectory(tmp_path / "out", {})  # freed with the object
+    code = (
+        f"from ernie_elastic.training.tokenizer_loop import WorkDirectory as W; w = W({str(tmp_path / 'out')!r}, {{}})"
+    )
+    wait = f"{code}; print('there', flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", wait], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "there\n"
+        with pytest.raises(ConfigError, match="is in use by another training"):
+            WorkDirectory(tmp_path / "out", {})
+        other.kill()
+    WorkDirectory(tmp_path / "out", {}).remove()
+    assert not list(tmp_path.iterdir())

@@ -163,3 +163,14 @@ def test_scripts_are_told_apart() -> None:
     tokenizer = TextTokenizer.train(["x"], 266)  # a token is a byte of UTF-16BE: 2 for each, 2 for the space
     rows = script_table(tokenizer, ["abcd " * 100, "яяяя " * 100])["scripts"]
     assert {row["script"]: row["bytes_per_token"] for row in rows} == {"LATIN": 0.5, "CYRILLIC": 0.9}
+
+
+def test_several_processes_are_refused(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, and one trains it"):
+        train_text_on_data(TextRun(data=str(texts)), tmp_path / "out")
+
+
+def test_a_segmenter_whose_import_fails_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"segmenter '\.x:y' cannot be imported"):
+        load_segmenter(".x:y")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from ernie_elastic.tokenizers.audio import AudioTokenizer
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
 from ernie_elastic.tokenizers.visual import VisualTokenizer
 from ernie_elastic.training import recipe_visual
+from ernie_elastic.training import train_on_data as train_on_data_module
 from ernie_elastic.training.recipe_audio import AudioRecipe, AudioRun
+from ernie_elastic.training.recipe_refiner import RefinerRun
 from ernie_elastic.training.recipe_visual import VisualModel, VisualRecipe, VisualRun
 from ernie_elastic.training.tokenizer_audio_seanet import SeanetTrainingConfig
 from ernie_elastic.training.tokenizer_visual_conv import ConvVisualTrainee, ConvVisualTrainingConfig
@@ -209,3 +213,70 @@ def test_every_size_is_measured_on_several_records(
     train_on_data(VisualRecipe(run), run, tmp_path / "out")
     for size in {shape for shape, _ in seen}:
         assert len({data for shape, data in seen if shape == size}) == 2
+
+
+def test_held_out_records_that_cannot_be_read_are_found_before_the_training(tmp_path: Path, pictures: Path) -> None:
+    for name in ("cut.png", "empty.jpg"):
+        (pictures / name).unlink()
+    source = open_source(pictures, ("image",)).split(0.2, True)
+    names = [source.key(index) for index in range(len(source))]
+    (pictures / names[0]).write_text("no picture")
+    run = visual(str(pictures), held_out_share=0.2)
+    train_on_data(VisualRecipe(run), run, tmp_path / "out")
+    rejects = (tmp_path / "out" / "rejects.txt").read_text().splitlines()
+    assert len(rejects) == 1 and rejects[0].startswith(names[0])
+    for name in names:
+        (pictures / name).write_text("no picture")
+    for share, message in (
+        (0.01, f"2 of {len(names)} held-out records cannot be read"),
+        (1.0, "no held-out record of"),
+    ):
+        run = visual(str(pictures), held_out_share=0.2, max_reject_share=share)
+        with pytest.raises(DataError, match=message):
+            train_on_data(VisualRecipe(run), run, tmp_path / "out2")
+        assert not (tmp_path / ".out2.training").exists()
+
+
+def test_other_records_under_the_same_name_are_refused(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = visual(str(pictures), held_out_share=0.3, max_reject_share=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(VisualRecipe, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_on_data(VisualRecipe(run), run, tmp_path / "out")
+    assert (tmp_path / ".out.training" / "state.pt").exists() and not (tmp_path / "out").exists()
+    for number in range(5):
+        Image.new("RGB", (40, 40)).save(pictures / f"more-{number}.png")
+    with pytest.raises(ConfigError, match=r"other settings \(records\.\w+: \d+ there, \d+ now\)"):
+        train_on_data(VisualRecipe(run), run, tmp_path / "out")
+
+
+def test_no_rank_waits_for_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = []
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        joined.append(True)
+        yield
+        joined.pop()
+
+    monkeypatch.setattr(train_on_data_module, "group", watched)
+    finish = VisualRecipe.finish
+
+    def alone(*args: Any) -> Any:
+        assert not joined, "the other ranks wait for the report, and give up on a long one"
+        return finish(*args)
+
+    monkeypatch.setattr(VisualRecipe, "finish", alone)
+    train_on_data(VisualRecipe(VISUAL), VISUAL, tmp_path / "out")
+
+
+def test_settings_that_cannot_be_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match="seed -1 must be 0 or more"):
+        dataclasses.replace(VISUAL, seed=-1)
+    for gain in ((1.0, 0.5), (0.0, 1.0), (1.0, float("inf"))):
+        with pytest.raises(ConfigError, match="gain"):
+            dataclasses.replace(AUDIO, gain=gain)
+    with pytest.raises(ConfigError, match=r"smallest_crop -1.0 must lie in \(0, 1\]"):
+        RefinerRun(data="world", smallest_crop=-1.0)
