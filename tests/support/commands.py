@@ -63,6 +63,9 @@ EXECUTED: tuple[str, ...] = (
     "--model.sample-rate 16000 --model.strides 2 4 4 5 8 --model.width 2 --training.steps 2",
     "ernie-elastic train-tokenizer refiner --data inputs/photographs --out refiner --held-out-share 0.25 "
     "--training.steps 2",
+    "ernie-elastic train-tokenizer refiner --data world --out refiner-world --training.tokenizer tokenizers/visual "
+    "--training.crop 96 --health-size 96 --health-items 2 --training.steps 2 "
+    "--training.degradation.undegraded-share 1",
     'ernie-elastic generate runs/debug --prompt "a red circle" --to image --out large.png --refine refiner',
     "ernie-elastic import-codec mimi --out codec --num-levels 2",
     "ernie-elastic prepare-data --tokenizers tokenizers --out packed-dropout --num-records 40 --text-dropout 0.1",
