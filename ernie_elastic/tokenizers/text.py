@@ -120,6 +120,21 @@ class TextTokenizer:
         """Number of ids, special tokens included."""
         return len(self._spellings)
 
+    def smaller(self, vocab_size: int) -> TextTokenizer:
+        """This vocabulary's first `vocab_size` ids as a tokenizer: what training for that size gives.
+
+        Raises ConfigError when vocab_size has no room for bytes and special tokens, or is larger than this one's.
+        """
+        smallest = NUM_BYTES + len(SPECIAL_NAMES)
+        if not smallest <= vocab_size <= self.vocab_size:
+            raise ConfigError(f"text tokenizer: vocab_size {vocab_size} must lie in {smallest}..{self.vocab_size}")
+        description = json.loads(self._backend.to_str())
+        model = description["model"]
+        model["vocab"] = {token: index for token, index in model["vocab"].items() if index < vocab_size}
+        kept = model["vocab"]
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in kept and set(pair) <= set(kept)]
+        return TextTokenizer(Tokenizer.from_str(json.dumps(description)))
+
     def encode(self, text: str, *, dropout: float = 0.0, seed: int | None = None) -> list[int]:
         """Ids of a text, without special tokens.
 

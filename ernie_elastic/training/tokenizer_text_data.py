@@ -1,13 +1,15 @@
 """`train-tokenizer text --data`: the text tokenizer on any texts, measured and shown on held-out ones.
 
-Contract: the directory holds the tokenizer, `health.json`, `samples.html` (held-out texts cut into tokens),
-`report.html`, `rejects.txt` and a manifest; it is a function of the texts and the settings.
+Contract: the directory holds the tokenizer, `health.json`, `metrics.jsonl` (compression by the number of ids),
+`samples.html` (held-out texts cut into tokens), `report.html`, `rejects.txt` and a manifest; it is a function of the
+texts and the settings. Merges are learned in one go, so there is no state to go on from.
 """
 
 from __future__ import annotations
 
 import html
 import importlib
+import json
 import time
 import unicodedata
 from collections import Counter
@@ -24,6 +26,7 @@ from ernie_elastic.tokenizers.text import SPECIAL_TEXTS, TextTokenizer
 from ernie_elastic.tokenizers.text_bpe import PATTERN, Segmenter
 from ernie_elastic.training.media_batches import Records
 from ernie_elastic.training.ranks import world_size
+from ernie_elastic.training.tokenizer_loop import METRICS_NAME
 from ernie_elastic.training.tokenizer_records import open_records
 from ernie_elastic.training.tokenizer_report import SampleSheet, write_report
 from ernie_elastic.training.tokenizer_text import TextTrainingConfig, text_health, train_text_tokenizer
@@ -119,7 +122,9 @@ def train_text_on_data(run: TextRun, out: Path | str, overwrite: bool = False) -
         write_atomic(folder / "samples.html", samples_page(again, held_out[:SHOWN_TEXTS]))
         write_json(folder / "health.json", health)
         sheet = SampleSheet("Held-out texts cut into tokens, without and with dropout.", page="samples.html")
-        write_report(folder, f"Text tokenizer: {run.data}", health, [], sheet)
+        curve = compression_curve(again, held_out)
+        write_atomic(folder / METRICS_NAME, "".join(json.dumps(record) + "\n" for record in curve))
+        write_report(folder, f"Text tokenizer: {run.data}", health, curve, sheet)
         extra["health"] = health
     peer = f", UTF-8 BPE {health['utf8_bpe_bytes_per_token']}" if run.compare else ""
     say(f"text tokenizer: {health['vocabulary']} ids, {health['bytes_per_token']} bytes per token{peer}")
@@ -152,6 +157,18 @@ def _texts(records: Records, run: TextRun, rejects: list[str]) -> Iterator[str]:
             seen, room = seen + len(part), room - len(part)
             if part:
                 yield part
+
+
+def compression_curve(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[dict[str, float]]:
+    """UTF-8 bytes per token of texts at growing numbers of ids ("step"), the last one the tokenizer's own."""
+    smallest = 256 + len(SPECIAL_TEXTS)
+    sizes = sorted({min(smallest << number, tokenizer.vocab_size) for number in range(30)})
+    size = sum(len(text.encode()) for text in texts)
+    curve = []
+    for ids in sizes:
+        part = tokenizer.smaller(ids)
+        curve.append({"step": ids, "bytes_per_token": round(size / sum(len(part.encode(text)) for text in texts), 4)})
+    return curve
 
 
 def script_of(letter: str) -> str:

@@ -317,3 +317,16 @@ def test_errors_name_the_value(tokenizer: TextTokenizer, tmp_path: Path) -> None
     older.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=r"UTF-8.*train-tokenizer text"):
         TextTokenizer.load(tmp_path)
+
+
+def test_a_smaller_vocabulary_is_what_training_for_it_gives() -> None:
+    texts = ["the cat sat on the mat and the dog", "кот сидел на ковре и ковёр", "猫が座った。猫が。"] * 20
+    large = TextTokenizer.train(texts, 330)
+    for size in (266, 280, 310, 330):
+        small, cut = TextTokenizer.train(texts, size), large.smaller(size)
+        assert cut.vocab_size == small.vocab_size
+        for text in [*texts[:3], "unknown words: zoë"]:
+            assert cut.encode(text) == small.encode(text) and cut.decode(cut.encode(text)) == text
+    for wrong in (265, 331):
+        with pytest.raises(ConfigError, match=rf"vocab_size {wrong} must lie in 266\.\.330"):
+            large.smaller(wrong)
