@@ -9,6 +9,7 @@ Shape letters: N items of one rank's share of a batch, F frames, H/W pixels, L s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -219,11 +220,28 @@ class _Steps(Dataset):
 def run_loop(trainee: Trainee, batches: Batches, config: LoopConfig, work: WorkDirectory, desc: str) -> LoopReport:
     """Train to the last step, from the state that `work` holds; desc names the bar.
 
-    Metrics are of rank 0's share. The process counts denormal numbers as zero from here on (CPUs take six times as long
-    for a step of a convolutional tokenizer whose activations hold some). Raises DataError when too many records cannot
-    be read, ConfigError when a metric is not finite; the state before stays.
+    Metrics are of rank 0's share. Raises DataError when too many records cannot be read, ConfigError when a metric is
+    not finite; the state before stays.
     """
+    with _denormals_as_zero():
+        return _run(trainee, batches, config, work, desc)
+
+
+@contextlib.contextmanager
+def _denormals_as_zero() -> Iterator[None]:
+    """A step of a convolutional tokenizer whose activations hold denormal numbers takes a CPU six times as long.
+
+    The processor's state is this thread's, and is put back.
+    """
+    before = float(torch.tensor(2.0**-140) * 1.0) == 0.0
     torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def _run(trainee: Trainee, batches: Batches, config: LoopConfig, work: WorkDirectory, desc: str) -> LoopReport:
     first, rejects = work.restore(trainee)
     if first:
         say(f"{desc}: goes on from step {first} of {config.steps}")

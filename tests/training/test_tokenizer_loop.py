@@ -255,3 +255,15 @@ def test_two_trainings_do_not_share_a_directory(tmp_path: Path) -> None:
         other.kill()
     WorkDirectory(tmp_path / "out", {}).remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_denormal_numbers_count_as_zero_while_training_only(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Looks(Regression):
+        def step(self, batch: torch.Tensor, step: int) -> dict[str, float]:
+            seen.append(float(torch.tensor(2.0**-140) * 1.0))
+            return super().step(batch, step)
+
+    run_loop(Looks(), batches(Pictures(5)), LoopConfig(2), WorkDirectory(tmp_path / "out", {}), "test")
+    assert seen == [0.0, 0.0] and float(torch.tensor(2.0**-140) * 1.0) > 0
