@@ -75,7 +75,7 @@ def write_report(
 
 def _findings(collapse: Sequence[str]) -> str:
     if not collapse:
-        return '<p class="good">No sign of collapse: bits and codes are in use.</p>'
+        return '<p class="good">No sign of collapse.</p>'
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in collapse)
     return f'<div class="bad"><p>Signs of collapse:</p><ul>{lines}</ul></div>'
 

@@ -233,6 +233,12 @@ def collapse_findings(tokenizer: TextTokenizer, texts: Sequence[str], health: di
     return found
 
 
+def _shown(tokenizer: TextTokenizer, index: int) -> str:
+    """A token as text; a single byte, which is half a code unit, as two hexadecimal digits."""
+    byte = index - len(SPECIAL_TEXTS)
+    return f"{byte:02x}" if 0 <= byte < 256 else tokenizer.decode([index])
+
+
 def samples_page(tokenizer: TextTokenizer, texts: Sequence[str]) -> str:
     """One HTML page: the beginnings of texts with a coloured box for each token, without and with dropout."""
     parts = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>Tokens</title><style>",
@@ -244,7 +250,7 @@ def samples_page(tokenizer: TextTokenizer, texts: Sequence[str]) -> str:
         for dropout in (0.0, SHOWN_DROPOUT):
             ids = tokenizer.encode(shown, dropout=dropout, seed=number if dropout else None)
             boxes = "".join(
-                f"<span style='background:{COLOURS[i % len(COLOURS)]}'>{html.escape(tokenizer.decode([index]))}</span>"
+                f"<span style='background:{COLOURS[i % len(COLOURS)]}'>{html.escape(_shown(tokenizer, index))}</span>"
                 for i, index in enumerate(ids)
             )
             parts.append(f"<h2>Text {number + 1}, {len(ids)} tokens, dropout {dropout:g}</h2><p>{boxes}</p>")
