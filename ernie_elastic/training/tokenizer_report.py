@@ -55,10 +55,11 @@ def write_report(
 ) -> None:
     """Write `report.html` into `directory`, which holds the files that `sheet` names.
 
-    health: numbers, nested tables of numbers, and `collapse`, a list of sentences, empty for a healthy tokenizer.
+    health: numbers, nested tables of numbers, and `collapse` where it was looked for: sentences, none if healthy.
     metrics: the records of metrics.jsonl, none for a tokenizer that is not trained in steps.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _findings(health.get("collapse", []))]
+    # Nothing is said where nothing was looked for: a refiner has no bits or codes that could collapse.
+    parts = [f"<h1>{html.escape(title)}</h1>", *([_findings(health["collapse"])] if "collapse" in health else [])]
     parts += ["<h2>Samples</h2>", _samples(directory, sheet)]
     parts += ["<h2>Health</h2>", _table({key: value for key, value in health.items() if key != "collapse"})]
     if metrics:

@@ -120,14 +120,18 @@ def train_on_data(recipe: Recipe, run: DataRun, out: Path | str, overwrite: bool
         work = WorkDirectory(out, {"kind": recipe.kind, "records": records, **decisive}, overwrite)
         trainee = recipe.trainee()
         batches = MediaBatches(MediaReader(train, recipe.media, run.data), recipe.crop(), recipe.batch_size, run.seed)
-        report = run_loop(trainee, batches, run.loop(recipe.steps, len(train)), work, f"{recipe.kind} tokenizer")
+        report = run_loop(trainee, batches, run.loop(recipe.steps, len(train)), work, f"{_name(recipe)}")
     # Without the other ranks, who have left: they would give up on a report that takes longer than the group's limit.
     if rank() == 0:
         report.rejects = sorted({*report.rejects, *measured.rejects})
         health = _write(recipe, run, out, overwrite, trainee, (records, measured), (work, report))
         work.remove()
-        say(f"{recipe.kind} tokenizer: wrote {out} in {time.perf_counter() - begun:.0f} s; open {out / 'report.html'}")
+        say(f"{_name(recipe)}: wrote {out} in {time.perf_counter() - begun:.0f} s; open {out / 'report.html'}")
     return health
+
+
+def _name(recipe: Recipe) -> str:
+    return recipe.kind if recipe.kind == "refiner" else f"{recipe.kind} tokenizer"
 
 
 def _write(
@@ -154,14 +158,15 @@ def _write(
         shutil.copyfile(work.path / METRICS_NAME, folder / METRICS_NAME)
         write_atomic(folder / "rejects.txt", "".join(f"{reason}\n" for reason in report.rejects))
         write_json(folder / "health.json", health)
-        title = f"{recipe.kind.capitalize()} tokenizer" if recipe.kind != "refiner" else "Refiner"
-        write_report(folder, f"{title}: {run.data}", health, read_metrics(folder / METRICS_NAME), sheet)
+        write_report(
+            folder, f"{_name(recipe).capitalize()}: {run.data}", health, read_metrics(folder / METRICS_NAME), sheet
+        )
         extra["health"] = health
     for line in health.get("collapse", []):
-        say(f"{recipe.kind} tokenizer: sign of collapse: {line}")
+        say(f"{_name(recipe)}: sign of collapse: {line}")
     if report.rejects:
         unread = f"{len(report.rejects)} records could not be read"
-        say(f"{recipe.kind} tokenizer: {unread}; {out / 'rejects.txt'} names them")
+        say(f"{_name(recipe)}: {unread}; {out / 'rejects.txt'} names them")
     return health
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from ernie_elastic.cli import main
 from ernie_elastic.data.sources import open_source
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
+from ernie_elastic.modeling.refiner import RefinerConfig
 from ernie_elastic.stages import read_manifest
 from ernie_elastic.tokenizers.audio import AudioTokenizer
 from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
@@ -28,8 +29,9 @@ from ernie_elastic.tokenizers.visual import VisualTokenizer
 from ernie_elastic.training import recipe_visual
 from ernie_elastic.training import train_on_data as train_on_data_module
 from ernie_elastic.training.recipe_audio import AudioRecipe, AudioRun
-from ernie_elastic.training.recipe_refiner import RefinerRun
+from ernie_elastic.training.recipe_refiner import RefinerRecipe, RefinerRun
 from ernie_elastic.training.recipe_visual import VisualModel, VisualRecipe, VisualRun
+from ernie_elastic.training.refiner import RefinerTrainingConfig
 from ernie_elastic.training.tokenizer_audio_seanet import SeanetTrainingConfig
 from ernie_elastic.training.tokenizer_visual_conv import ConvVisualTrainee, ConvVisualTrainingConfig
 from ernie_elastic.training.train_on_data import train_on_data
@@ -280,3 +282,16 @@ def test_settings_that_cannot_be_are_config_errors() -> None:
             dataclasses.replace(AUDIO, gain=gain)
     with pytest.raises(ConfigError, match=r"smallest_crop -1.0 must lie in \(0, 1\]"):
         RefinerRun(data="world", smallest_crop=-1.0)
+
+
+def test_a_refiner_is_called_one_and_no_collapse_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RefinerRun(
+        data="world", model=RefinerConfig(width=4, blocks=1), health_size=32, health_items=2,
+        training=RefinerTrainingConfig(steps=2, batch_size=2, crop=32),
+    )  # fmt: skip
+    health = train_on_data(RefinerRecipe(run), run, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>Refiner: world</h1>" in page and "of collapse" not in page and "collapse" not in health
+    assert "refiner: wrote" in capsys.readouterr().out
+    train_on_data(AudioRecipe(AUDIO), AUDIO, tmp_path / "codec")
+    assert "of collapse" in (tmp_path / "codec" / "report.html").read_text()
