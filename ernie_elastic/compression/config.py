@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ernie_elastic.compression.format import LAYOUTS, VERSION
+from ernie_elastic.compression.format import LAYOUTS, VERSION, VERSIONS
 from ernie_elastic.errors import ConfigError, FormatError
 
 MODEL_TYPE = "ernie_elastic_compressed"
@@ -59,10 +59,10 @@ class TbeConfig(QuantizationConfigMixin):
             raise ConfigError(f"quantization_config: layout {layout!r} is not known; choose {' or '.join(LAYOUTS)}")
         if kernel not in KERNELS:
             raise ConfigError(f"quantization_config: kernel {kernel!r} is not known; choose {' or '.join(KERNELS)}")
-        if format_version != VERSION or quant_method != QUANT_METHOD:
+        if format_version not in VERSIONS or quant_method != QUANT_METHOD:
             raise FormatError(
                 f"quantization_config: {quant_method!r} version {format_version}, this package reads {QUANT_METHOD!r} "
-                f"version {VERSION}; install a matching ernie_elastic"
+                f"version 1 to {VERSION}; install a matching ernie_elastic"
             )
         self.quant_method = quant_method  # type: ignore[assignment]  # the base class lists in-tree methods only
         self.format_version = format_version

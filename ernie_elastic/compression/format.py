@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from ernie_elastic.errors import FormatError
-
-Bytes = npt.NDArray[np.uint8]
+from ernie_elastic.kernels.tbe_codec.reference import WINDOW, Bytes
 
 MAGIC = b"ETBE"
-VERSION = 1
+# What is written. Version 1 has SHA-256 as its checksum, which took longer than decoding did; it is read for ever.
+VERSION = 2
+VERSIONS = (1, 2)
 LAYOUTS = {"tca_tbe": 1, "dense_plane": 2}
 LAYOUT_NAMES = {number: name for name, number in LAYOUTS.items()}
 FIXED = struct.Struct("<4sBBBBII16s")
@@ -33,7 +35,6 @@ MAX_NAME = 4096
 MAX_WEIGHTS = 2**62
 # ours: a matrix below this would pay more for its own window and tile end than the window saves.
 MIN_MATRIX = 1024
-WINDOW = 7
 MAX_FIRST = 256 - WINDOW
 
 
@@ -73,8 +74,11 @@ def check_byte_order() -> None:
         raise FormatError("compressed weights need a little-endian machine, this one is big-endian; use another")
 
 
-def build_stream(layout: str, name: str, shape: tuple[int, ...], body: list[Bytes]) -> Bytes:
-    """The whole stream u8 [bytes] of one tensor from the parts of its body. FormatError beyond the format's limits."""
+def new_stream(layout: str, name: str, shape: tuple[int, ...], body_bytes: int) -> tuple[Bytes, Bytes]:
+    """A stream u8 [bytes] with its header, and the view u8 [body_bytes] of its end that the caller fills, then `seal`s.
+
+    The body begins at a multiple of 8 bytes in memory. FormatError beyond the format's limits.
+    """
     encoded = name.encode()
     if len(encoded) > MAX_NAME or len(shape) > MAX_DIMENSIONS or math.prod(max(d, 1) for d in shape) >= MAX_WEIGHTS:
         raise FormatError(
@@ -84,17 +88,31 @@ def build_stream(layout: str, name: str, shape: tuple[int, ...], body: list[Byte
     fixed = FIXED.pack(
         MAGIC, VERSION, LAYOUTS[layout], len(shape), 0, matrix_view(shape)[0], len(encoded), bytes(CHECKSUM_BYTES)
     )
-    padding = bytes(-len(encoded) % 8)
-    head = np.frombuffer(fixed + struct.pack(f"<{len(shape)}Q", *shape) + encoded + padding, dtype=np.uint8)
-    stream = np.concatenate([head, *(part.reshape(-1).view(np.uint8) for part in body)])
+    head = fixed + struct.pack(f"<{len(shape)}Q", *shape) + encoded + bytes(-len(encoded) % 8)
+    stream = np.empty(len(head) + body_bytes, dtype=np.uint8)
+    stream[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+    return stream, stream[len(head) :]
+
+
+def seal(stream: Bytes) -> Bytes:
+    """Write the checksum of a stream u8 [bytes] into it; returns the stream."""
     stream[CHECKSUM_AT : CHECKSUM_AT + CHECKSUM_BYTES] = np.frombuffer(checksum_of(stream), dtype=np.uint8)
     return stream
 
 
+def build_stream(layout: str, name: str, shape: tuple[int, ...], body: list[Bytes]) -> Bytes:
+    """The whole stream u8 [bytes] of one tensor from the parts of its body. FormatError beyond the format's limits."""
+    parts = [part.reshape(-1).view(np.uint8) for part in body]
+    stream, space = new_stream(layout, name, shape, sum(part.size for part in parts))
+    np.concatenate([space[:0], *parts], out=space)
+    return seal(stream)
+
+
 def checksum_of(stream: Bytes) -> bytes:
-    """The 16 checksum bytes of a stream u8 [bytes]."""
-    digest = hashlib.sha256(stream[:CHECKSUM_AT].tobytes())
-    digest.update(np.ascontiguousarray(stream[CHECKSUM_AT + CHECKSUM_BYTES :]).data)
+    """The 16 checksum bytes of a stream u8 [bytes], of the kind that its version has."""
+    head, tail = stream[:CHECKSUM_AT].tobytes(), np.ascontiguousarray(stream[CHECKSUM_AT + CHECKSUM_BYTES :]).data
+    digest = hashlib.sha256(head) if head[4] == 1 else xxhash.xxh3_128(head)
+    digest.update(tail)
     return digest.digest()[:CHECKSUM_BYTES]
 
 
@@ -116,9 +134,9 @@ def read_header(stream: Bytes, where: str = "stream", verify: bool = True) -> He
     if stream.size < FIXED.size:
         raise FormatError(f"{where}: {stream.size} bytes, a stream has at least {FIXED.size}; the file is damaged")
     magic, version, layout, ndim, zero, matrices, length, digest = FIXED.unpack(stream[: FIXED.size].tobytes())
-    if magic != MAGIC or version != VERSION:
+    if magic != MAGIC or version not in VERSIONS:
         raise FormatError(
-            f"{where}: magic {magic!r} version {version}, expected {MAGIC!r} version {VERSION}; "
+            f"{where}: magic {magic!r} version {version}, expected {MAGIC!r} version 1 to {VERSION}; "
             "the file is damaged or was written by a later ernie_elastic"
         )
     if layout not in LAYOUT_NAMES or zero or ndim > MAX_DIMENSIONS or length > MAX_NAME:
@@ -153,6 +171,11 @@ class BodyReader:
 
     def __init__(self, stream: Bytes, header: Header) -> None:
         self.stream, self.name, self.at = stream, header.name, header.body
+
+    @property
+    def left(self) -> int:
+        """Bytes that have not been taken."""
+        return self.stream.size - self.at
 
     def take(self, dtype: str, count: int) -> npt.NDArray[Any]:
         """The next `count` numbers of little-endian `dtype`, 1-D [count]; FormatError when the body is too short."""

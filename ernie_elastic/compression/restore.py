@@ -22,6 +22,7 @@ from ernie_elastic.compression.container import BITS, SafetensorsFile, parse_hea
 from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR, STAGE, is_compressed
 from ernie_elastic.compression.format import VERSION, read_header
 from ernie_elastic.errors import CheckpointError, ConfigError, FormatError
+from ernie_elastic.kernels import tbe_codec
 from ernie_elastic.stages import MANIFEST_NAME, disk_error, progress, publish_directory, read_manifest, sha256_file
 
 
@@ -166,6 +167,6 @@ def _row(file: SafetensorsFile, entry: Any) -> dict[str, Any]:
     else:
         words = None
     if words is not None:
-        row["entropy_bits"] = round(8 + codec.entropy(codec.count_exponents(words)), 4)
+        row["entropy_bits"] = round(8 + codec.entropy(tbe_codec.count_exponents(words.reshape(1, -1))[0]), 4)
     row["bits_per_weight"] = round(8 * raw.size / row["weights"], 4) if row["weights"] else None
     return row

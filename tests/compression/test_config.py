@@ -144,7 +144,7 @@ def test_settings_are_checked() -> None:
         with pytest.raises(ConfigError):
             TbeConfig(**wrong)
     with pytest.raises(FormatError, match="version"):
-        TbeConfig(format_version=2)
+        TbeConfig(format_version=3)
     assert TbeConfig.from_dict(TbeConfig(kernel="fused").to_dict()).kernel == "fused"
     register()  # a second time: nothing happens
 

@@ -232,7 +232,7 @@ def test_a_damaged_compressed_directory_is_never_restored(pairs: Pairs, tmp_path
     files.write_text(original.replace("model.safetensors", "../model.safetensors"))
     with pytest.raises(FormatError, match="outside"):
         decompress_directory(folder, tmp_path / "back")
-    files.write_text(original.replace('"format_version": 1', '"format_version": 2'))
+    files.write_text(original.replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(FormatError, match="version"):
         decompress_directory(folder, tmp_path / "back")
     files.write_text(original)

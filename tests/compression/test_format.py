@@ -28,17 +28,19 @@ VECTOR = torch.tensor([[1.0, -2.5, 0.0], [0.02, 3e38, -0.0]]).to(torch.bfloat16)
 # Whole for dense_plane; head, ends and stripes (and the first bitmap) for tca_tbe, whose one tile has 4096 weights.
 HEX = {
     "dense_plane": (
-        "455442450102020001000000080000003f88c6fd9a0107543fc31bc35fb7b40e02000000000000000300000000000000"
+        "45544245020202000100000008000000237e6f362b04349dc1e80a75715e7c4002000000000000000300000000000000"
         "612e776569676874040000000000000000a000246280240000007f8079fe"
     ),
     "tca_tbe": (
-        "4554424501010200010000000800000000f56d4dbd21d4fc8904d91e8b9f716902000000000000000300000000000000"
+        "45544245020102000100000008000000410880b99e46f67898494531d6d839cb02000000000000000300000000000000"
         "612e776569676874001000000000000008000000000000000000000000000000fc03000004000000fc07000004000000"
         "fc0b000004000000fcfcffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
         "ffffffffffffffffffffffffffffffff"
     ),
 }
 TCA_BYTES = 5753
+# The same tensor as version 1 wrote it: another checksum, the same body.
+HEX_VERSION_1 = "455442450102020001000000080000003f88c6fd9a0107543fc31bc35fb7b40e" + HEX["dense_plane"][64:]
 
 
 def gaussian(rows: int, columns: int) -> torch.Tensor:
@@ -61,6 +63,17 @@ def test_bytes_of_a_fixed_tensor(layout: str) -> None:
     assert len(stream) == {"dense_plane": len(expected), "tca_tbe": TCA_BYTES}[layout]
     decoded = codec.decode(np.frombuffer(stream, dtype=np.uint8))
     assert torch.equal(decoded.view(torch.int16), VECTOR.view(torch.int16))
+
+
+def test_version_1_is_still_read() -> None:
+    stream = np.frombuffer(bytes.fromhex(HEX_VERSION_1), dtype=np.uint8).copy()
+    assert torch.equal(codec.decode(stream, name="a.weight").view(torch.int16), VECTOR.view(torch.int16))
+    stream[-1] ^= 1
+    with pytest.raises(FormatError, match="checksum"):
+        codec.decode(stream)
+    stream[4] = 2
+    with pytest.raises(FormatError, match="checksum"):
+        codec.decode(stream)
 
 
 @given(st.data(), st.sampled_from(list(LAYOUTS)))
@@ -112,9 +125,9 @@ def test_cut_and_grown_streams_are_refused(which: int, data: st.DataObject) -> N
 @pytest.mark.parametrize(
     ("offset", "form", "value"),
     [
-        (0, "<I", 7), (4, "B", 2), (5, "B", 3), (5, "B", 0), (6, "B", 9), (6, "B", 1), (7, "B", 1), (8, "<I", 2),
-        (8, "<I", 0), (12, "<I", 5000), (12, "<I", 4), (32, "<Q", 128), (32, "<Q", 2**40), (40, "<Q", 2**63),
-        (48, "B", 0xFF),
+        (0, "<I", 7), (4, "B", 0), (4, "B", 3), (5, "B", 4), (5, "B", 0), (6, "B", 9), (6, "B", 1), (7, "B", 1),
+        (8, "<I", 2), (8, "<I", 0), (12, "<I", 5000), (12, "<I", 4), (32, "<Q", 128), (32, "<Q", 2**40),
+        (40, "<Q", 2**63), (48, "B", 0xFF),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,7 +143,7 @@ def test_wrong_header_fields_are_refused_even_under_a_right_checksum(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2**40, 2**20), (2**61,), (2**30, 2**10, 2**10), (0, 2**63), (2**63, 2)])
 def test_a_header_that_claims_terabytes_is_refused_before_allocation(layout: str, shape: tuple[int, ...]) -> None:
-    head = FIXED.pack(b"ETBE", 1, LAYOUTS[layout], len(shape), 0, matrix_view(shape)[0] % 2**32, 0, bytes(16))
+    head = FIXED.pack(b"ETBE", 2, LAYOUTS[layout], len(shape), 0, matrix_view(shape)[0] % 2**32, 0, bytes(16))
     stream = np.frombuffer(head + struct.pack(f"<{len(shape)}Q", *shape) + bytes(500), dtype=np.uint8)
     tracemalloc.start()
     try:
