@@ -64,5 +64,7 @@ def decode(library: ctypes.CDLL, fields: Fields, out_En: Words, level: int = len
     """As reference.decode. level: the highest index of LEVELS to use; tests compare them."""
     parts = (fields.ends_T, fields.low_En, fields.planes_E3P, fields.first_E, fields.fallback_F)
     threads, size = torch.get_num_threads(), fields.fallback_F.size
-    code = library.tbe_decode(*[_address(part) for part in parts], size, *out_En.shape, level, threads, _address(out_En))
+    code = library.tbe_decode(
+        *[_address(part) for part in parts], size, *out_En.shape, level, threads, _address(out_En)
+    )
     return code == 0
