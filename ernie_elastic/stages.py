@@ -109,14 +109,15 @@ def system_error(error: Exception, folder: Path | None = None) -> OSError | None
     return None if number is None else OSError(number, os.strerror(number))
 
 
-def disk_error(error: OSError, path: Path) -> CheckpointError:
-    """An OSError as a line that says what, where and the fix."""
+def disk_error(error: OSError, path: Path, again: bool = False) -> CheckpointError:
+    """An OSError as a line that says what, where and the fix; again: what is done is kept for another run."""
+    rest = "what is done is kept: run the same command again" if again else "nothing was left under the final name"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = path if path.is_dir() else path.parent
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         return CheckpointError(
             f"disk full while writing {path}: {free / 2**20:.1f} MiB free there; free some space or choose another "
-            "--out; nothing was left under the final name"
+            f"--out; {rest}"
         )
     return CheckpointError(f"cannot write {path}: {error.strerror or error}; choose another --out")
 
@@ -165,13 +166,23 @@ def publish_directory(temporary: Path, path: Path) -> None:
 
 
 def write_manifest(
-    directory: Path, stage: str, config: Any, parent: Path | None = None, extra: dict[str, Any] | None = None
+    directory: Path,
+    stage: str,
+    config: Any,
+    parent: Path | None = None,
+    extra: dict[str, Any] | None = None,
+    known: dict[str, str] | None = None,
 ) -> None:
-    """Hash every file of `directory` and write its manifest.json."""
-    files = {
-        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    """Hash every file of `directory`, but those whose SHA-256 is `known` by relative path; write its manifest.json."""
+    known = known or {}
+    names = {
+        str(file.relative_to(directory)): file
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file.name != MANIFEST_NAME
+    }
+    files = {
+        name: {"bytes": file.stat().st_size, "sha256": known.get(name) or sha256_file(file)}
+        for name, file in names.items()
     }
     manifest = Manifest(
         stage=stage,

@@ -60,24 +60,28 @@ def encode(weight: torch.Tensor, name: str = "", layout: str = DEFAULT_LAYOUT) -
     source: paper: ZipServ, TCA-TBE (`tca_tbe`); ours: `dense_plane`, same payload with one stream that varies in
     place of two. Raises ConfigError for another dtype or layout, FormatError beyond the format's limits.
     """
-    check_byte_order()
     if weight.dtype != torch.bfloat16:
         raise ConfigError(f"{name or 'tensor'}: dtype {weight.dtype}, only torch.bfloat16 is compressed; leave it")
+    words_N = weight.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+    return encode_words(words_N.reshape(-1), tuple(weight.shape), name, layout)
+
+
+def encode_words(words_N: Words, shape: tuple[int, ...], name: str = "", layout: str = DEFAULT_LAYOUT) -> Encoded:
+    """As `encode`, for a BF16 tensor given as its words uint16 [weights] and its shape."""
+    check_byte_order()
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is not known; choose {' or '.join(LAYOUTS)}")
-    shape = tuple(weight.shape)
     matrices, rows, columns = matrix_view(shape)
-    words_N = weight.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
     words_ERC = words_N.reshape(matrices, rows, columns)
     counts_E = tbe_codec.count_exponents(words_N.reshape(matrices, rows * columns))
     first_E = np.array([best_window(counts) for counts in counts_E], dtype=np.uint8)
     covered = sum(int(c[f : f + WINDOW].sum()) for c, f in zip(counts_E, first_E.tolist(), strict=True))
-    fallbacks = weight.numel() - covered
+    fallbacks = words_N.size - covered
     if layout == "dense_plane":
         stream = _encode_dense(name, shape, words_ERC, first_E, fallbacks)
     else:
         stream = build_stream(layout, name, shape, tca_tbe.encode_body(words_ERC, first_E))
-    return Encoded(stream, weight.numel(), fallbacks, 8 + entropy(counts_E.sum(axis=0)))
+    return Encoded(stream, words_N.size, fallbacks, 8 + entropy(counts_E.sum(axis=0)))
 
 
 def decode(stream: Bytes, where: str = "stream", name: str | None = None) -> torch.Tensor:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import shutil
+import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ernie_elastic.compression.format import Bytes
@@ -71,6 +73,10 @@ class SafetensorsFile:
         """The bytes u8 [bytes] of one tensor, a read-only view of the file."""
         return self.data[entry.begin : entry.end]
 
+    def words(self, entry: Entry) -> npt.NDArray[np.uint16]:
+        """The BF16 words uint16 [weights] of one tensor, a read-only view of the file where alignment allows it."""
+        return np.require(self.raw(entry).view("<u2"), requirements="A")
+
     def tensor(self, entry: Entry) -> torch.Tensor:
         """A copy of one tensor, in its own shape and dtype. FormatError for a dtype that torch has no name for."""
         if entry.dtype not in TORCH_DTYPES:
@@ -113,7 +119,7 @@ def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[s
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor to be written: its bytes come from `source` (u8 [size]) or, when None, from the spooled streams."""
+    """One tensor to be written: its bytes are `source` (u8 [size]), or come later (None)."""
 
     name: str
     dtype: str
@@ -122,28 +128,61 @@ class Stored:
     source: Bytes | None = None
 
 
-def write_safetensors(path: Path, kept: list[Stored], spool: BinaryIO, streams: list[Stored]) -> None:
-    """Write a file: `kept` by falling element size (so that every tensor is aligned), then the spooled streams.
+def largest_stream(key: str, weights: int) -> Stored:
+    """The most that the stream `key` of a BF16 tensor takes in a file: it is kept only when it gets smaller."""
+    return Stored(key, "U8", (2 * weights,), 2 * weights)
 
-    spool: the bytes of `streams` one after the other; it is read from its start.
+
+class SafetensorsWriter:
+    """Writes one file straight to its place: known tensors first, then others whose sizes turn out one by one.
+
+    kept: by falling element size, so that every tensor is aligned. largest: the most that each of the others can take,
+    which sets the room for the header, filled up with spaces. appended: those that an earlier writer, cut off, wrote
+    already. The file is whole after `finish`.
     """
-    kept = sorted(kept, key=lambda item: -BITS[item.dtype])  # stable: the order of the source within a size
-    text = _header_text([*kept, *streams])
-    text += b" " * (-len(text) % 8)
-    spool.seek(0)
-    with open(path, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for item in kept:
+
+    def __init__(self, path: Path, kept: list[Stored], largest: list[Stored], appended: Iterable[Stored] = ()) -> None:
+        self.kept = sorted(kept, key=lambda item: -BITS[item.dtype])  # stable: the order of the source within a size
+        self.items = list(appended)
+        total = sum(item.size for item in (*kept, *largest))
+        room = len(_header_text([*self.kept, *largest], total))
+        self.room = room + -room % 8
+        end = 8 + self.room + sum(item.size for item in (*self.kept, *self.items))
+        self._file: BinaryIO = open(path, "r+b" if self.items else "wb")  # noqa: SIM115 - __exit__ closes it
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def append(self, item: Stored, data: Bytes) -> None:
+        """Write the next tensor: u8 [item.size]."""
+        self._file.write(np.ascontiguousarray(data).data)
+        self.items.append(item)
+
+    def finish(self, durable: bool = False) -> None:
+        """Write the header and the kept tensors. durable: also wait for the disk, so that a crash cannot lose it."""
+        text = _header_text([*self.kept, *self.items])
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self.room) + text + b" " * (self.room - len(text)))
+        for item in self.kept:
             assert item.source is not None
-            out.write(np.ascontiguousarray(item.source).data)
-        shutil.copyfileobj(spool, out, 1 << 22)
+            self._file.write(np.ascontiguousarray(item.source).data)
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
-def _header_text(items: list[Stored]) -> bytes:
+def _header_text(items: list[Stored], end: int | None = None) -> bytes:
+    """The JSON header of tensors that lie one after the other; end: stands for every number of bytes."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for item in items:
-        table[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [at, at + item.size]}
+        offsets = [at, at + item.size] if end is None else [end, end]
+        table[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets}
         at += item.size
     return json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
 

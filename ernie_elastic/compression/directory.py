@@ -1,59 +1,31 @@
 """A Hugging Face directory in, a compressed Hugging Face directory out (docs/formats.md section 3).
 
 Contract: at most two tensors in memory; every tensor is decoded from the written file and compared with the source
-before the directory gets its final name; the result appears whole or not at all.
+before the directory gets its final name; the result appears whole or not at all; a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-import torch
+from typing import Any
 
 from ernie_elastic.compression import codec
 from ernie_elastic.compression.config import MODEL_TYPE, ORIGINAL_KEY, SHIM_MODULE, SHIM_TEXT, outer_config
-from ernie_elastic.compression.container import (
-    STREAM_PREFIX,
-    Entry,
-    SafetensorsFile,
-    Stored,
-    read_index,
-    weight_files,
-    write_safetensors,
-)
+from ernie_elastic.compression.container import SafetensorsFile, read_index, weight_files
 from ernie_elastic.compression.format import LAYOUTS, VERSION
-from ernie_elastic.errors import CheckpointError, ConfigError, FormatError
-from ernie_elastic.stages import MANIFEST_NAME, progress, read_manifest, sha256_file, stage_output, write_json
+from ernie_elastic.compression.shard import Shard, compress_shard
+from ernie_elastic.errors import CheckpointError, ConfigError
+from ernie_elastic.resumable import PartialOutput, resumable_output
+from ernie_elastic.stages import MANIFEST_NAME, progress, read_manifest, sha256_file, write_json
 
 STAGE = "compress"
 ORIGINAL_DIR = "tbe_original"
 FILES_NAME = "files.json"
-# ours: below this a stream's own header eats what it saves.
-MIN_WEIGHTS = 512
-
-
-@dataclass
-class Tally:
-    """What a compression found: counts, bytes, and names by file."""
-
-    names: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> stream key -> tensor name
-    sizes: dict[str, int] = field(default_factory=dict)  # file -> bytes of its tensors
-    streams: int = 0
-    stream_bytes: int = 0
-    weights: int = 0
-    entropy_bits: float = 0.0  # summed over weights
-    kept: Counter[str] = field(default_factory=Counter)
-    total_weights: int = 0
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -81,11 +53,6 @@ def is_compressed(directory: Path | str) -> bool:
     return (directory / ORIGINAL_DIR).is_dir() or read_config(directory).get("model_type") == MODEL_TYPE
 
 
-def is_candidate(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is worth a stream: BF16, two dimensions or more, MIN_WEIGHTS or more."""
-    return dtype == "BF16" and len(shape) >= 2 and math.prod(shape) >= MIN_WEIGHTS
-
-
 def compress_directory(
     source: Path | str, out: Path | str, layout: str = codec.DEFAULT_LAYOUT, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -107,19 +74,37 @@ def compress_directory(
     files = weight_files(source)
     if (source / MANIFEST_NAME).is_file():
         read_manifest(source)
-    tally = Tally()
     settings = {"source": str(source), "layout": layout, "format_version": VERSION}
+    inputs = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     report: dict[str, Any] = {}
-    with stage_output(out, STAGE, settings, parent=source, overwrite=overwrite, extra=report) as temporary:
-        copy_other_files(source, temporary, files)
-        total = sum(path.stat().st_size for path in files)
-        with progress(total=2 * total, desc="compress", unit="B") as bar:
-            for path in files:
-                _compress_file(path, temporary, layout, tally, bar.update)
-                _verify_file(path, temporary / path.name, tally, bar.update)
-        _write_small_files(source, temporary, config, layout, tally)
-        report.update(_report(files, temporary, tally))
-    return {"out": str(out), **report, "seconds": round(time.monotonic() - started, 3)}
+    with resumable_output(out, STAGE, settings, inputs, parent=source, overwrite=overwrite, extra=report) as partial:
+        shards = _compress_files(files, partial, layout)
+        copy_other_files(source, partial.target, files)
+        _write_small_files(source, partial.target, config, layout, shards)
+        report.update(_report(files, partial.target, shards))
+    fsync = sum(shard.fsync_seconds for shard in shards.values())
+    return {
+        "out": str(out),
+        **report,
+        "seconds": round(time.monotonic() - started, 3),
+        "fsync_seconds": round(fsync, 3),
+    }
+
+
+def _compress_files(files: list[Path], partial: PartialOutput, layout: str) -> dict[str, Shard]:
+    """The compressed twins of all safetensors files and the headers of their sources, in `partial`; one ETA for all."""
+    shards: dict[str, Shard] = {}
+    (partial.target / ORIGINAL_DIR).mkdir(exist_ok=True)
+    first, total = 0, sum(SafetensorsFile(path).data.size for path in files)
+    with ThreadPoolExecutor(2) as hashing, progress(total=2 * total, desc="compress", unit="B") as bar:
+        for path in files:
+            written = partial.target / path.name
+            shard = compress_shard(path, written, partial.notes, layout, first, hashing, bar.update)
+            (partial.target / ORIGINAL_DIR / f"{path.name}.header").write_bytes(SafetensorsFile(path).header)
+            shards[path.name] = shard
+            partial.hashes[path.name] = shard.sha256
+            first += len(shard.names)
+    return shards
 
 
 def check_source(source: Path, config: dict[str, Any]) -> None:
@@ -140,7 +125,6 @@ def check_source(source: Path, config: dict[str, Any]) -> None:
 def copy_other_files(source: Path, target: Path, files: list[Path]) -> None:
     """Copy everything but the weights byte for byte; what will be replaced goes to `tbe_original/`."""
     replaced = {"config.json", MANIFEST_NAME, *(path.name for path in source.glob("*.safetensors.index.json"))}
-    (target / ORIGINAL_DIR).mkdir()
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path in files or not path.is_file():
@@ -150,77 +134,24 @@ def copy_other_files(source: Path, target: Path, files: list[Path]) -> None:
         shutil.copyfile(path, place)
 
 
-def _compress_file(path: Path, target: Path, layout: str, tally: Tally, step: Callable[[int], Any]) -> None:
-    """Write the compressed twin of one safetensors file and its verbatim header."""
-    file = SafetensorsFile(path)
-    if any(entry.is_stream for entry in file.entries):
-        raise CheckpointError(f"{path} holds names that begin with {STREAM_PREFIX!r}; rename those tensors first")
-    with tempfile.TemporaryFile(dir=target) as spool:
-        kept, streams = _spool_streams(file, layout, spool, tally, step)
-        write_safetensors(target / path.name, kept, spool, streams)
-    (target / ORIGINAL_DIR / f"{path.name}.header").write_bytes(file.header)
-    tally.sizes[path.name] = sum(item.size for item in (*kept, *streams))
-
-
-def _spool_streams(
-    file: SafetensorsFile, layout: str, spool: BinaryIO, tally: Tally, step: Callable[[int], Any]
-) -> tuple[list[Stored], list[Stored]]:
-    """Encode what gets smaller into `spool`; returns the kept tensors and the streams."""
-    kept: list[Stored] = []
-    streams: list[Stored] = []
-    names = tally.names.setdefault(file.path.name, {})
-    for entry in file.entries:
-        raw = file.raw(entry)
-        stream = None
-        tally.total_weights += math.prod(entry.shape)
-        if is_candidate(entry.dtype, entry.shape):
-            encoded = codec.encode(file.tensor(entry), entry.name, layout)
-            stream = encoded.stream if encoded.stream.size < raw.size else None
-        if stream is None:
-            kept.append(Stored(entry.name, entry.dtype, entry.shape, raw.size, raw))
-            tally.kept[entry.dtype] += 1
-        else:
-            key = f"{STREAM_PREFIX}{tally.streams}"
-            names[key] = entry.name
-            streams.append(Stored(key, "U8", (stream.size,), stream.size))
-            spool.write(stream.data)
-            tally.streams += 1
-            tally.stream_bytes += stream.size
-            tally.weights += encoded.weights
-            tally.entropy_bits += encoded.entropy_bits * encoded.weights
-        step(raw.size)
-    return kept, streams
-
-
-def _verify_file(source: Path, written: Path, tally: Tally, step: Callable[[int], Any]) -> None:
-    """Decode every tensor of the written file and compare it with the source; FormatError when one differs."""
-    before, after = SafetensorsFile(source), SafetensorsFile(written)
-    names = tally.names[source.name]
-    found: dict[str, Entry] = {names.get(entry.name, entry.name): entry for entry in after.entries}
-    for entry in before.entries:
-        twin = found.pop(entry.name, None)
-        if twin is None:
-            raise FormatError(f"{written}: {entry.name!r} was not written; please report this defect")
-        raw = after.raw(twin)
-        if twin.is_stream:
-            raw = codec.decode(raw, str(written), entry.name).reshape(-1).view(torch.uint8).numpy()
-        if not np.array_equal(raw, before.raw(entry)):
-            raise FormatError(f"{written}: {entry.name!r} does not decode to its source; please report this defect")
-        step(raw.size)
-    if found:
-        raise FormatError(f"{written}: {sorted(found)[0]!r} is not in the source; please report this defect")
-
-
-def _write_small_files(source: Path, target: Path, config: dict[str, Any], layout: str, tally: Tally) -> None:
+def _write_small_files(
+    source: Path, target: Path, config: dict[str, Any], layout: str, shards: dict[str, Shard]
+) -> None:
     """config.json, shim, index and files.json of a compressed directory."""
+    names = {name: shard.names for name, shard in shards.items()}
+    known = {name: shard.source_sha256 for name, shard in shards.items()}
     write_json(target / "config.json", outer_config(config, layout))
     (target / f"{SHIM_MODULE}.py").write_text(SHIM_TEXT, encoding="utf-8")
     for path in sorted(source.glob("*.safetensors.index.json")):
-        write_json(target / path.name, renamed_index(read_index(path), tally.names, tally.sizes))
+        sizes = {name: shard.tensor_bytes for name, shard in shards.items()}
+        write_json(target / path.name, renamed_index(read_index(path), names, sizes))
     replaced = [*sorted(source.glob("*.safetensors")), *sorted(source.glob("*.safetensors.index.json"))]
     replaced += [path for path in (source / "config.json", source / MANIFEST_NAME) if path.is_file()]
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in replaced}
-    info = {"format_version": VERSION, "layout": layout, "files": files, "streams": tally.names}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or sha256_file(path)}
+        for path in replaced
+    }
+    info = {"format_version": VERSION, "layout": layout, "files": files, "streams": names}
     write_json(target / ORIGINAL_DIR / FILES_NAME, info)
 
 
@@ -232,17 +163,24 @@ def renamed_index(index: dict[str, Any], names: dict[str, dict[str, str]], sizes
     return {"metadata": {**index.get("metadata", {}), "total_size": total}, "weight_map": weight_map}
 
 
-def _report(files: list[Path], target: Path, tally: Tally) -> dict[str, Any]:
+def _report(files: list[Path], target: Path, shards: dict[str, Shard]) -> dict[str, Any]:
     source_bytes = sum(path.stat().st_size for path in files)
     stored = sum((target / path.name).stat().st_size for path in files)
+    kept: Counter[str] = Counter()
+    for shard in shards.values():
+        kept.update(shard.kept)
+    streams = sum(len(shard.names) for shard in shards.values())
+    weights = sum(shard.weights for shard in shards.values())
+    stream_bits = 8 * sum(shard.stream_bytes for shard in shards.values())
+    entropy_bits = sum(shard.entropy_bits for shard in shards.values())
     return {
-        "tensors": tally.streams + sum(tally.kept.values()),
-        "compressed": tally.streams,
-        "kept": dict(sorted(tally.kept.items())),
-        "parameters": tally.total_weights,
+        "tensors": streams + sum(kept.values()),
+        "compressed": streams,
+        "kept": dict(sorted(kept.items())),
+        "parameters": sum(shard.total_weights for shard in shards.values()),
         "source_bytes": source_bytes,
         "model_bytes": stored,
         "ratio": round(stored / source_bytes, 5),
-        "bits_per_weight": round(8 * tally.stream_bytes / tally.weights, 4) if tally.weights else None,
-        "entropy_bits": round(tally.entropy_bits / tally.weights, 4) if tally.weights else None,
+        "bits_per_weight": round(stream_bits / weights, 4) if weights else None,
+        "entropy_bits": round(entropy_bits / weights, 4) if weights else None,
     }

@@ -22,8 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 
 from ernie_elastic.compression import saving
 from ernie_elastic.compression.config import QUANT_METHOD, TbeConfig
-from ernie_elastic.compression.container import STREAM_PREFIX, Stored, write_safetensors
-from ernie_elastic.compression.directory import MIN_WEIGHTS
+from ernie_elastic.compression.container import STREAM_PREFIX, SafetensorsWriter, Stored
 from ernie_elastic.compression.packed import (
     PACKED_EXPERTS,
     PackedTensor,
@@ -33,6 +32,7 @@ from ernie_elastic.compression.packed import (
     set_kernel,
 )
 from ernie_elastic.compression.plan import Checkpoint, Planned, Resolution, choose, read_checkpoint, resolve
+from ernie_elastic.compression.shard import MIN_WEIGHTS
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.stages import progress
 
@@ -113,13 +113,13 @@ class TbeHfQuantizer(HfQuantizer):
         logger.info("compressed checkpoint: %d tensors load dense first, such as %s", len(names), names[0])
         self._scratch = tempfile.TemporaryDirectory(prefix="ernie_elastic_", ignore_cleanup_errors=True)
         path = Path(self._scratch.name) / "decoded.safetensors"
-        with tempfile.TemporaryFile(dir=self._scratch.name) as spool:
-            items = []
-            for name in names:
-                raw = self._checkpoint.streams[name].decode()
-                items.append(Stored(name, "BF16", tuple(raw.shape), 2 * raw.numel()))
-                spool.write(raw.reshape(-1).view(torch.uint8).numpy().data)
-            write_safetensors(path, [], spool, items)
+        headers = [self._checkpoint.streams[name].header for name in names]
+        items = [Stored(header.name, "BF16", header.shape, 2 * header.weights) for header in headers]
+        with SafetensorsWriter(path, [], items) as writer:
+            for item in items:
+                raw = self._checkpoint.streams[item.name].decode()
+                writer.append(item, raw.reshape(-1).view(torch.uint8).numpy())
+            writer.finish()
         return path
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

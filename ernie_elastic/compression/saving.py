@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ernie_elastic.compression import codec
-from ernie_elastic.compression.container import TORCH_DTYPES, Entry, Stored, write_safetensors
+from ernie_elastic.compression.container import TORCH_DTYPES, Entry, SafetensorsWriter, Stored, largest_stream
 from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR
 from ernie_elastic.compression.packed import PackedEmbedding, PackedLinear, PackedTensor
 from ernie_elastic.compression.plan import Checkpoint, Part, Resolution
@@ -30,11 +30,12 @@ from ernie_elastic.stages import disk_error, progress
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """How one tensor was stored: its entry, real name, and layout (None when it was left alone)."""
+    """How one tensor was stored: its entry, real name, layout and weights (None and 0 when it was left alone)."""
 
     entry: Entry
     name: str
     layout: str | None
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def saver(checkpoint: Checkpoint, resolution: Resolution) -> Callable[..., None]
         rows = tensors.setdefault(file.path.name, [])
         for entry in file.entries:
             stream = names.get((file.path, entry.name))
-            name, layout_name = (stream.header.name, stream.header.layout) if stream else (entry.name, None)
-            rows.append(SavedTensor(entry, name, layout_name))
+            header = stream.header if stream else None
+            saved = (header.name, header.layout, header.weights) if header else (entry.name, None, 0)
+            rows.append(SavedTensor(entry, *saved))
     folder = checkpoint.files[0].path.parent
     wanted = [*folder.glob("*.py"), *folder.glob("*.safetensors.index.json"), folder / "config.json"]
     wanted += list(folder.glob(f"{ORIGINAL_DIR}/*"))
@@ -105,18 +107,20 @@ def save_model(model: nn.Module, out: Path, layout: Layout) -> None:
 
 def _write_file(model: nn.Module, path: Path, tensors: list[SavedTensor], resolution: Resolution) -> None:
     kept: list[Stored] = []
-    streams: list[Stored] = []
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
-        for item in progress(tensors, desc=f"saving {path.name}", unit="tensor"):
+    largest: list[Stored] = []
+    for item in tensors:
+        if item.layout is None:
             weight = fetch(model, item, resolution)
-            if item.layout is None:
-                raw = weight.reshape(-1).view(torch.uint8).numpy() if weight.numel() else np.empty(0, np.uint8)
-                kept.append(Stored(item.entry.name, item.entry.dtype, item.entry.shape, raw.size, raw))
-            else:
-                stream = codec.encode(weight, item.name, item.layout).stream
-                streams.append(Stored(item.entry.name, "U8", (stream.size,), stream.size))
-                spool.write(stream.data)
-        write_safetensors(path, kept, spool, streams)
+            raw = weight.reshape(-1).view(torch.uint8).numpy() if weight.numel() else np.empty(0, np.uint8)
+            kept.append(Stored(item.entry.name, item.entry.dtype, item.entry.shape, raw.size, raw))
+        else:
+            largest.append(largest_stream(item.entry.name, item.weights))
+    with SafetensorsWriter(path, kept, largest) as writer:
+        for item in progress(tensors, desc=f"saving {path.name}", unit="tensor"):
+            if item.layout is not None:
+                stream = codec.encode(fetch(model, item, resolution), item.name, item.layout).stream
+                writer.append(Stored(item.entry.name, "U8", (stream.size,), stream.size), stream)
+        writer.finish()
 
 
 def fetch(model: nn.Module, item: SavedTensor, resolution: Resolution) -> torch.Tensor:

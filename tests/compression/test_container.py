@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from pathlib import Path
@@ -14,11 +13,12 @@ from safetensors import safe_open
 
 from ernie_elastic.compression.container import (
     SafetensorsFile,
+    SafetensorsWriter,
     Stored,
+    largest_stream,
     model_bytes,
     parse_header,
     weight_files,
-    write_safetensors,
 )
 from ernie_elastic.errors import CheckpointError, FormatError
 
@@ -34,7 +34,9 @@ def test_tensors_are_aligned_whatever_order_they_come_in(tmp_path: Path) -> None
     stream = np.arange(7, dtype=np.uint8)
     kept = [stored("flags", flags, "BOOL"), stored("brief", brief, "BF16"), stored("wide", wide, "F64")]
     path = tmp_path / "model.safetensors"
-    write_safetensors(path, kept, io.BytesIO(stream.tobytes()), [Stored("tbe__0", "U8", (7,), 7)])
+    with SafetensorsWriter(path, kept, [largest_stream("tbe__0", 4000)]) as writer:
+        writer.append(Stored("tbe__0", "U8", (7,), 7), stream)
+        writer.finish()
     with safe_open(path, framework="pt") as opened:
         assert torch.equal(opened.get_tensor("flags"), flags) and torch.equal(opened.get_tensor("wide"), wide)
         assert torch.equal(opened.get_tensor("brief"), brief)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ernie_elastic.compression import compress_directory, directory, is_compressed, model_bytes
+from ernie_elastic.compression import compress_directory, is_compressed, model_bytes, shard
 from ernie_elastic.compression.config import SHIM_MODULE
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.restore import decompress_directory, directory_info
@@ -193,8 +193,8 @@ def test_damaged_safetensors_are_refused(tmp_path: Path, damage: str) -> None:
 def test_a_codec_that_is_wrong_is_caught_before_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode check is real: a stream of other weights under the same name never becomes an output."""
     source = make_source(tmp_path / "source", {"w": torch.randn(40, 40).to(torch.bfloat16)})
-    encode = directory.codec.encode
-    monkeypatch.setattr(directory.codec, "encode", lambda w, name, layout: encode(w + 1, name, layout))
+    encode = shard.codec.encode_words
+    monkeypatch.setattr(shard.codec, "encode_words", lambda words, *rest: encode(words ^ 1, *rest))
     with pytest.raises(FormatError, match="does not decode"):
         compress_directory(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
