@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from ernie_elastic.errors import CheckpointError
 from ernie_elastic.stages import disk_error, fingerprint, publish_directory, say, write_json, write_manifest
 
-SETTINGS_NAME = "settings.json"
+SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def resumable_output(
                 yield partial
                 write_manifest(partial.target, stage, config, parent, extra, partial.hashes)
             except BaseException:
-                if not any(note.name not in (SETTINGS_NAME, "lock") for note in partial.notes.iterdir()):
+                notes = [note for note in partial.notes.iterdir() if note.name not in (SETTINGS_NAME, LOCK_NAME)]
+                if not any(note.stat().st_size for note in notes):
                     shutil.rmtree(partial.target, ignore_errors=True)
                     shutil.rmtree(partial.notes, ignore_errors=True)
                 raise
@@ -78,7 +79,7 @@ def _locked(notes: Path, path: Path) -> Iterator[None]:
     """Hold the lock of `notes`. CheckpointError when another process has it."""
     notes.mkdir(parents=True, exist_ok=True)
     lock: BinaryIO
-    with open(notes / "lock", "wb") as lock:
+    with open(notes / LOCK_NAME, "wb") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -102,7 +103,7 @@ def _begin(partial: PartialOutput, settings: dict[str, Any]) -> None:
         return
     shutil.rmtree(partial.target, ignore_errors=True)
     for note in partial.notes.iterdir():
-        if note.name != "lock":
+        if note.name != LOCK_NAME:
             shutil.rmtree(note) if note.is_dir() else note.unlink()
     partial.target.mkdir(parents=True)
     write_json(mark, {"fingerprint": fingerprint(settings), "settings": settings, "process": os.getpid()})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -155,10 +154,11 @@ class SafetensorsWriter:
     def append(self, item: Stored, data: Bytes) -> None:
         """Write the next tensor: u8 [item.size]."""
         self._file.write(np.ascontiguousarray(data).data)
+        self._file.flush()  # whoever notes it as written must not lose it when the process dies
         self.items.append(item)
 
-    def finish(self, durable: bool = False) -> None:
-        """Write the header and the kept tensors. durable: also wait for the disk, so that a crash cannot lose it."""
+    def finish(self) -> None:
+        """Write the header and the kept tensors."""
         text = _header_text([*self.kept, *self.items])
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self.room) + text + b" " * (self.room - len(text)))
@@ -166,8 +166,6 @@ class SafetensorsWriter:
             assert item.source is not None
             self._file.write(np.ascontiguousarray(item.source).data)
         self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
 
     def __enter__(self) -> SafetensorsWriter:
         return self
