@@ -15,11 +15,10 @@ import numpy.typing as npt
 import torch
 
 from ernie_elastic.compression import tca_tbe
-from ernie_elastic.compression.bits import Words, best_window
+from ernie_elastic.compression.bits import Words, best_windows
 from ernie_elastic.compression.format import (
     LAYOUTS,
     MAX_FIRST,
-    WINDOW,
     BodyReader,
     Bytes,
     Header,
@@ -74,9 +73,8 @@ def encode_words(words_N: Words, shape: tuple[int, ...], name: str = "", layout:
     matrices, rows, columns = matrix_view(shape)
     words_ERC = words_N.reshape(matrices, rows, columns)
     counts_E = tbe_codec.count_exponents(words_N.reshape(matrices, rows * columns))
-    first_E = np.array([best_window(counts) for counts in counts_E], dtype=np.uint8)
-    covered = sum(int(c[f : f + WINDOW].sum()) for c, f in zip(counts_E, first_E.tolist(), strict=True))
-    fallbacks = words_N.size - covered
+    first_E, covered_E = best_windows(counts_E)
+    fallbacks = words_N.size - int(covered_E.sum())
     if layout == "dense_plane":
         stream = _encode_dense(name, shape, words_ERC, first_E, fallbacks)
     else:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 from ernie_elastic.compression import codec
-from ernie_elastic.compression.bits import best_window, exponents, join_words, low_bytes
+from ernie_elastic.compression.bits import best_windows, exponents, join_words, low_bytes
 from ernie_elastic.compression.format import LAYOUTS
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels import tbe_codec
@@ -98,7 +98,8 @@ def test_windows_at_both_ends_and_all_fallbacks(layout: str) -> None:
     for tensor, first in ((low, 0), (high, 249)):
         encoded = codec.encode(tensor, "", layout)
         assert encoded.fallbacks == 0 and same_bits(codec.decode(encoded.stream), tensor)
-        assert best_window(tbe_codec.count_exponents(words(tensor).numpy().view(np.uint16)[None])[0]) == first
+        counts_E = tbe_codec.count_exponents(words(tensor).numpy().view(np.uint16)[None])
+        assert best_windows(counts_E)[0].tolist() == [first]
     # One weight decides the window, so that every other one is a fallback.
     tensor = from_words([0x4000, 0x4000] + [e << 7 for e in range(0, 256, 8)], (2, 17))
     encoded = codec.encode(tensor, "", layout)
@@ -140,8 +141,10 @@ def test_fields_of_a_word() -> None:
 def test_window_of_maximal_coverage_beats_the_most_frequent_run() -> None:
     counts = np.zeros(256, dtype=np.int64)
     counts[[100, 110, 111, 112, 113, 114, 115, 116]] = [50, 10, 10, 10, 10, 10, 10, 9]
-    assert best_window(counts) == 110  # 69 of 119, though exponent 100 is the most frequent one
-    assert best_window(np.zeros(256, dtype=np.int64)) == 0
+    first_E, covered_E = best_windows(np.stack([counts, 0 * counts, np.eye(256, dtype=np.int64)[255]]))
+    assert first_E.tolist() == [110, 0, 249]  # 110: 69 of 119, though exponent 100 is the most frequent one
+    assert covered_E.tolist() == [69, 0, 1]
+    assert best_windows(np.zeros((0, 256), dtype=np.int64))[0].size == 0
 
 
 def test_size_is_close_to_what_the_format_promises() -> None:

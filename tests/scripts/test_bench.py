@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ernie_elastic.errors import ConfigError
 from tests.support import ROOT
 
 RUN = ROOT / "scripts" / "bench" / "run.py"
 REQUIRED = {
-    "codec": {"zipnn", "zstd"},
+    "codec": {"bound", "payload", "memory", "tca_tbe", "zipnn", "zstd", "safetensors", "fsync"},
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"},
 }
@@ -47,7 +48,7 @@ def check_rows(rows: list[dict[str, Any]], peers: set[str]) -> None:
         assert row["ours"] > 0 and all(value > 0 for value in row["theirs"].values())
         assert set(row["theirs"]) == set(row["ratio"]) <= peers
         for peer, value in row["theirs"].items():
-            better = row["ours"] / value if row["unit"] != "bits/weight" else value / row["ours"]
+            better = row["ours"] / value if row["unit"] not in ("bits/weight", "s") else value / row["ours"]
             assert row["ratio"][peer] == pytest.approx(better)
 
 
@@ -73,18 +74,37 @@ def test_codec_writes_its_rows(
     codec: ModuleType = bench("codec")
     weight = (torch.randn(64, 80) * 0.02).bfloat16()
     monkeypatch.setattr(codec, "cases", lambda quick: {"tiny": weight})
+    monkeypatch.setattr(codec, "file_row", lambda mebibytes, file_row=codec.file_row: file_row(8))
     file = tmp_path / "codec.json"
     bench("run").run("codec", True, file)
     found = json.loads(file.read_text())
     assert list(found) == ["name", "hardware", "commit", "rows"] and found["name"] == "codec"
     check_rows(found["rows"], REQUIRED["codec"])
-    assert [row["case"] for row in found["rows"]] == ["tiny size", "tiny encode", "tiny decode"]
-    assert 11 < found["rows"][0]["ours"] < 13
+    cases = ["tiny size", "tiny encode", "tiny decode", "tiny checksum", "compress a file of 8 MiB"]
+    assert [row["case"] for row in found["rows"]] == cases
+    first = found["rows"][0]
+    assert 10 < first["theirs"]["bound"] < first["theirs"]["payload"] < first["ours"] < 13
     printed = capsys.readouterr()
     assert "tiny size" in printed.out and f"wrote {file}" in printed.out
-    for peer in REQUIRED["codec"]:
-        ran = peer in found["rows"][0]["theirs"]
-        assert ran != (f"peer {peer} is left out: not installed" in printed.err)
+    assert {"tca_tbe", "zstd", "safetensors"} <= set(found["rows"][1]["theirs"])
+    assert ("zipnn" in first["theirs"]) != ("peer zipnn is left out: not installed" in printed.err)
+
+
+def test_codec_measures_any_directory(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench("codec"), "MIN_WEIGHTS", 1000)
+    weights = {
+        "big.weight": (torch.randn(40, 50) * 0.02).bfloat16(),
+        "norm": torch.ones(40),
+        "small": torch.ones(3, 3).bfloat16(),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    bench("run").run("codec", True, None, tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("big.weight") == 4 and "norm" not in printed and "small" not in printed
+    with pytest.raises(ConfigError, match="makes its own weights"):
+        bench("run").run("zip_gemv_cpu", True, None, tmp_path)
 
 
 def test_codec_that_loses_bits_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
