@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ernie_elastic.compression import tca_tbe
+from ernie_elastic.compression import entropy_coded, tca_tbe
 from ernie_elastic.compression.bits import Words, best_windows
 from ernie_elastic.compression.format import (
     LAYOUTS,
@@ -36,11 +36,15 @@ from ernie_elastic.kernels.tbe_codec import Fields
 from ernie_elastic.kernels.tbe_codec.reference import TILE
 
 DEFAULT_LAYOUT = "dense_plane"
+LAYOUT_FOR = {"serving": DEFAULT_LAYOUT, "storage": "entropy_coded"}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One compressed tensor: the stream u8 [bytes] and what the tables print about it."""
+    """One compressed tensor: the stream u8 [bytes] and what the tables print about it.
+
+    fallbacks: weights outside of their matrix's window, whatever the layout. entropy_bits: 8 + H of the exponents.
+    """
 
     stream: Bytes
     weights: int
@@ -56,8 +60,9 @@ class Encoded:
 def encode(weight: torch.Tensor, name: str = "", layout: str = DEFAULT_LAYOUT) -> Encoded:
     """Compress a BF16 tensor of any shape. The same tensor, name and layout always give the same bytes.
 
-    source: paper: ZipServ, TCA-TBE (`tca_tbe`); ours: `dense_plane`, same payload with one stream that varies in
-    place of two. Raises ConfigError for another dtype or layout, FormatError beyond the format's limits.
+    source: paper: ZipServ, TCA-TBE (`tca_tbe`); ours: `dense_plane`, the same payload with one stream that varies in
+    place of two, and `entropy_coded`, for storage. Raises ConfigError for another dtype or layout, FormatError beyond
+    the format's limits.
     """
     if weight.dtype != torch.bfloat16:
         raise ConfigError(f"{name or 'tensor'}: dtype {weight.dtype}, only torch.bfloat16 is compressed; leave it")
@@ -71,14 +76,16 @@ def encode_words(words_N: Words, shape: tuple[int, ...], name: str = "", layout:
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is not known; choose {' or '.join(LAYOUTS)}")
     matrices, rows, columns = matrix_view(shape)
-    words_ERC = words_N.reshape(matrices, rows, columns)
     counts_E = tbe_codec.count_exponents(words_N.reshape(matrices, rows * columns))
     first_E, covered_E = best_windows(counts_E)
     fallbacks = words_N.size - int(covered_E.sum())
+    words_ERC = words_N.reshape(matrices, rows, columns)
     if layout == "dense_plane":
         stream = _encode_dense(name, shape, words_ERC, first_E, fallbacks)
-    else:
+    elif layout == "tca_tbe":
         stream = build_stream(layout, name, shape, tca_tbe.encode_body(words_ERC, first_E))
+    else:
+        stream = build_stream(layout, name, shape, entropy_coded.encode_body(words_N))
     return Encoded(stream, words_N.size, fallbacks, 8 + entropy(counts_E.sum(axis=0)))
 
 
@@ -91,7 +98,7 @@ def decode(stream: Bytes, where: str = "stream", name: str | None = None) -> tor
     if name is not None and header.name != name:
         raise FormatError(f"{where}: holds {header.name!r}, expected {name!r}; the file is damaged")
     reader = BodyReader(stream, header)
-    words_N = (_decode_dense if header.layout == "dense_plane" else tca_tbe.decode_body)(reader, header)
+    words_N = DECODERS[header.layout](reader, header)
     return torch.from_numpy(words_N.view(np.int16)).view(torch.bfloat16).reshape(header.shape)
 
 
@@ -143,3 +150,6 @@ def _decode_dense(reader: BodyReader, header: Header) -> Words:
     if not tbe_codec.decode(fields, words_En):
         raise FormatError(f"{header.name!r}: fallbacks disagree with the code planes; the file is damaged")
     return words_En.reshape(-1)
+
+
+DECODERS = {"dense_plane": _decode_dense, "tca_tbe": tca_tbe.decode_body, "entropy_coded": entropy_coded.decode_body}

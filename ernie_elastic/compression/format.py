@@ -26,7 +26,7 @@ MAGIC = b"ETBE"
 # What is written. Version 1 has SHA-256 as its checksum, which took longer than decoding did; it is read for ever.
 VERSION = 2
 VERSIONS = (1, 2)
-LAYOUTS = {"tca_tbe": 1, "dense_plane": 2}
+LAYOUTS = {"tca_tbe": 1, "dense_plane": 2, "entropy_coded": 3}
 LAYOUT_NAMES = {number: name for name, number in LAYOUTS.items()}
 FIXED = struct.Struct("<4sBBBBII16s")
 CHECKSUM_AT, CHECKSUM_BYTES = 16, 16
@@ -121,6 +121,9 @@ def smallest_body(layout: str, matrices: int, rows: int, columns: int) -> int:
     if layout == "dense_plane":
         count = rows * columns
         return matrices * (8 * -(-count // 4096) + count + 3 * -(-count // 8) + 1)
+    if layout == "entropy_coded":
+        # Sizes 8, ranks 15 and at least 10 of zstandard a frame of 2^20 weights.
+        return matrices * rows * columns + 33 * -(-matrices * rows * columns // 2**20)
     # Fields of fixed size only: ends 16, stripes 32, bitmaps 3 * 64 * 8 bytes a BlockTile.
     return matrices * (-(-rows // 64) * -(-columns // 64) * (16 + 32 + 1536) + 1)
 
@@ -128,7 +131,7 @@ def smallest_body(layout: str, matrices: int, rows: int, columns: int) -> int:
 def read_header(stream: Bytes, where: str = "stream", verify: bool = True) -> Header:
     """The header of a stream u8 [bytes], whole or (verify=False) with a body that is not looked at yet.
 
-    where: names the stream in errors. verify: also compare the checksum. FormatError: docs/formats.md 2.3.
+    where: names the stream in errors. verify: also compare the checksum. FormatError: docs/formats.md 2.4.
     """
     check_byte_order()
     if stream.size < FIXED.size:

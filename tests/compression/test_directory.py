@@ -92,7 +92,7 @@ def odd_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["dense_plane", "tca_tbe"])
+@pytest.mark.parametrize("layout", ["dense_plane", "tca_tbe", "entropy_coded"])
 def test_other_dtypes_and_what_does_not_shrink_stay_as_they_are(tmp_path: Path, layout: str) -> None:
     tensors = odd_tensors()
     if layout == "tca_tbe":

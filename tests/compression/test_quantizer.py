@@ -203,11 +203,12 @@ def test_fused_is_refused_where_it_cannot_run(pairs: Pairs) -> None:
         set_kernel(pairs("llama").dense(), "decode")
 
 
-def test_the_reference_layout_loads_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["tca_tbe", "entropy_coded"])
+def test_the_other_layouts_load_too(tmp_path: Path, layout: str) -> None:
     config = MixtralConfig(**{**SIZES, "hidden_size": 128, "intermediate_size": 128}, num_local_experts=3)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
-    assert compress_directory(tmp_path / "source", tmp_path / "out", layout="tca_tbe")["compressed"] > 20
+    assert compress_directory(tmp_path / "source", tmp_path / "out", layout=layout)["compressed"] > 20
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     dense.set_experts_implementation("eager")

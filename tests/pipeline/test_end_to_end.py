@@ -21,7 +21,7 @@ from transformers import MimiConfig, MimiModel
 from ernie_elastic import cli
 from ernie_elastic.data.world import WorldConfig, world_sample
 from ernie_elastic.presets import DEMO_WORLD
-from ernie_elastic.stages import sha256_file
+from ernie_elastic.stages import read_manifest, sha256_file
 from tests.scripts.test_demo_seeds import made_up_summary
 from tests.support import ROOT
 from tests.support.commands import EXECUTED, program_and_arguments
@@ -127,6 +127,12 @@ def test_weights_are_bf16_and_nothing_that_is_read_is_a_pickle(folder):
     assert {dtype for name, dtype in dtypes.items() if "correction_bias" in name} == {torch.float32}
     for name in ("submodel", "compressed", str(model.relative_to(folder))):
         assert not [p for p in (folder / name).rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pickle")]
+
+
+def test_storage_is_smaller_than_serving(folder):
+    sizes = {name: read_manifest(folder / name).extra["model_bytes"] for name in ("stored", "compressed")}
+    print(sizes)
+    assert sizes["stored"] < sizes["compressed"]
 
 
 def test_decompressed_files_are_identical(folder):

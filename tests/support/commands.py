@@ -39,6 +39,7 @@ EXECUTED: tuple[str, ...] = (
     "extract_submodel runs/debug --budget 350KiB --out submodel-fitting",
     "extract_submodel runs/debug --drop-modality audio --depth 3 --out submodel-silent",
     "ernie-elastic compress submodel --out compressed",
+    "ernie-elastic compress submodel --out stored --for storage",
     "ernie-elastic info compressed",
     "ernie-elastic decompress compressed --out restored",
     'ernie-elastic generate compressed --prompt "a large red circle in the centre" --to image --out picture.png',
