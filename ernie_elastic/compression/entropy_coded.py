@@ -17,15 +17,14 @@ from typing import TypeVar
 import numpy as np
 import zstandard
 
-from ernie_elastic.compression.bits import Words, exponents, join_words, low_bytes
+from ernie_elastic.compression.bits import Words
 from ernie_elastic.compression.format import BodyReader, Bytes, Header
 from ernie_elastic.errors import FormatError
 from ernie_elastic.kernels import tbe_codec
+from ernie_elastic.kernels.tbe_codec.reference import RANKS
 
 # Weights of a frame: zstandard's tables are per 128 KiB, so larger frames save nothing.
 FRAME = 1 << 20
-RANKS = 15
-ESCAPE = 15
 # The fast strategy with long matches only: ranks look random, what matters is its Huffman coder.
 LEVEL, MIN_MATCH = 1, 7
 Item = TypeVar("Item")
@@ -53,17 +52,12 @@ def encode_body(words_N: Words) -> list[Bytes]:
 def _encode_frame(words_N: Words, low_N: Bytes) -> tuple[Bytes, bytes, Bytes]:
     """The ranking, the compressed pairs and the escapes of one frame; its low bytes go into `low_N`."""
     table = ranking(words_N)
-    rank_of = np.full(256, ESCAPE, dtype=np.uint8)
-    rank_of[table] = np.arange(RANKS, dtype=np.uint8)
-    exponent_N = exponents(words_N)
-    low_N[:] = low_bytes(words_N)
-    rank_N = np.zeros(words_N.size + words_N.size % 2, dtype=np.uint8)
-    np.take(rank_of, exponent_N, out=rank_N[: words_N.size], mode="clip")  # not "raise", which goes through a copy
+    pairs, escapes = tbe_codec.encode_ranks(words_N, table, low_N)
     parameters = zstandard.ZstdCompressionParameters.from_level(
         LEVEL, strategy=zstandard.STRATEGY_FAST, min_match=MIN_MATCH, write_checksum=False, write_content_size=True
     )
-    packed = zstandard.ZstdCompressor(compression_params=parameters).compress((rank_N[::2] | rank_N[1::2] << 4).data)
-    return table, packed, exponent_N[rank_N[: words_N.size] == ESCAPE]
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compress(pairs.data)
+    return table, packed, escapes
 
 
 def decode_body(reader: BodyReader, header: Header) -> Words:
@@ -92,17 +86,10 @@ def decode_body(reader: BodyReader, header: Header) -> Words:
 def _decode_frame(packed: Bytes, table: Bytes, low_N: Bytes, escape_X: Bytes, out_N: Words, header: Header) -> None:
     """Write the words of one frame to `out_N`."""
     pairs = _decompress(packed, -(-out_N.size // 2), header)
-    rank_N = np.empty(2 * pairs.size, dtype=np.uint8)
-    rank_N[::2], rank_N[1::2] = pairs & 15, pairs >> 4
-    if rank_N[out_N.size :].any():
+    if out_N.size % 2 and pairs[-1] >> 4:
         raise FormatError(f"{header.name!r}: the rank after the last weight is not zero; the file is damaged")
-    rank_N = rank_N[: out_N.size]
-    missing_X = np.flatnonzero(rank_N == ESCAPE)
-    if missing_X.size != escape_X.size or np.isin(escape_X, table).any():
+    if np.isin(escape_X, table).any() or not tbe_codec.decode_ranks(pairs, low_N, table, escape_X, out_N):
         raise FormatError(f"{header.name!r}: escapes disagree with the ranks; the file is damaged")
-    exponent_N = np.take(np.append(table, np.uint8(0)), rank_N, mode="clip")
-    exponent_N[missing_X] = escape_X
-    out_N[:] = join_words(low_N, exponent_N)
 
 
 def _decompress(packed: Bytes, size: int, header: Header) -> Bytes:

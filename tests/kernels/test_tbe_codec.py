@@ -13,7 +13,7 @@ from hypothesis import given
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels import native, tbe_codec
 from ernie_elastic.kernels.tbe_codec import cpu_impl, reference
-from ernie_elastic.kernels.tbe_codec.reference import TILE, WINDOW, Fields, Words
+from ernie_elastic.kernels.tbe_codec.reference import RANKS, TILE, WINDOW, Fields, Words
 
 NATIVE = pytest.mark.skipif(cpu_impl.load().library is None, reason=f"no native codec: {cpu_impl.load().reason}")
 LEVELS = range(cpu_impl.load().library.tbe_level() + 1 if cpu_impl.load().library is not None else 0)
@@ -179,3 +179,26 @@ def test_back_ends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     out = np.empty_like(words_En)
     assert tbe_codec.decode(fields, out) and np.array_equal(out, words_En)
     assert np.array_equal(tbe_codec.count_exponents(words_En), reference.count_exponents(words_En))
+
+
+@NATIVE
+@given(st.integers(0, 1000), st.integers(0, 400), st.booleans())
+def test_ranks_of_a_frame_are_the_reference_s(seed: int, count: int, any_word: bool) -> None:
+    generator = np.random.default_rng(seed)
+    words_N = gaussian(1, count, seed)[0] if not any_word else generator.integers(0, 65536, count).astype(np.uint16)
+    table = generator.permutation(256)[:RANKS].astype(np.uint8)
+    if not any_word:
+        table[:8] = np.arange(113, 121)
+        table[8:] = np.arange(7)
+    low_N, native_low_N = np.empty(count, dtype=np.uint8), np.empty(count, dtype=np.uint8)
+    pairs, escapes = reference.encode_ranks(words_N, table, low_N)
+    found = cpu_impl.encode_ranks(library(), words_N, table, native_low_N)
+    assert np.array_equal(found[0], pairs) and np.array_equal(found[1], escapes)
+    assert np.array_equal(native_low_N, low_N)
+    for decode in (reference.decode_ranks, lambda *rest: cpu_impl.decode_ranks(library(), *rest)):
+        back = np.zeros_like(words_N)
+        assert decode(pairs, low_N, table, escapes, back) and np.array_equal(back, words_N)
+        assert not decode(pairs, low_N, table, np.append(escapes, np.uint8(9)), back)
+        if escapes.size:
+            assert not decode(pairs, low_N, table, escapes[:-1], back)
+    assert tbe_codec.decode_ranks(pairs, low_N, table, escapes, back, "reference")

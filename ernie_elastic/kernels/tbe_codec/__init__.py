@@ -1,9 +1,9 @@
-"""Encodes and decodes the stored `dense_plane` layout on the CPU (docs/formats.md 2.1).
+"""Encodes and decodes the stored layouts `dense_plane` and `entropy_coded` on the CPU (docs/formats.md 2.1, 2.3).
 
 Contract: `reference.py` is the definition; `native` is C++ built at first use when a compiler is found and gives the
 same bytes. `backend="auto"` takes it when it is there and logs once what was chosen and why.
 
-Legend: E matrices, n weights of a matrix.
+Legend: E matrices, n weights of a matrix, N weights of a frame, X escapes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.tbe_codec import cpu_impl, reference
-from ernie_elastic.kernels.tbe_codec.reference import Counts, Fields, Words
+from ernie_elastic.kernels.tbe_codec.reference import Bytes, Counts, Fields, Words
 
-__all__ = ["Fields", "backend_reason", "count_exponents", "decode", "encode"]
+__all__ = ["Fields", "backend_reason", "count_exponents", "decode", "decode_ranks", "encode", "encode_ranks"]
 Backend = Literal["auto", "native", "reference"]
 logger = logging.getLogger(__name__)
 
@@ -76,3 +76,28 @@ def decode(fields: Fields, out_En: Words, backend: Backend = "auto") -> bool:
     """
     library = _library(backend)
     return reference.decode(fields, out_En) if library is None else cpu_impl.decode(library, fields, out_En)
+
+
+def encode_ranks(words_N: Words, table: Bytes, low_N: Bytes, backend: Backend = "auto") -> tuple[Bytes, Bytes]:
+    """Contiguous BF16 words uint16 [N] of a frame -> pairs of ranks u8 [ceil(N / 2)] and escapes u8 [X].
+
+    table u8 [15]: exponents by rank, all different. low_N u8 [N] receives the low bytes. Raises ConfigError for a back
+    end that cannot run. source: ours: see compression/entropy_coded.py.
+    """
+    library = _library(backend)
+    if library is None:
+        return reference.encode_ranks(words_N, table, low_N)
+    return cpu_impl.encode_ranks(library, words_N, table, low_N)
+
+
+def decode_ranks(
+    pairs: Bytes, low_N: Bytes, table: Bytes, escape_X: Bytes, out_N: Words, backend: Backend = "auto"
+) -> bool:
+    """The way back: write uint16 [N]; False when the ranks ask for another number of escapes than X.
+
+    Raises ConfigError for a back end that cannot run. source: ours: see `encode_ranks`.
+    """
+    library = _library(backend)
+    if library is None:
+        return reference.decode_ranks(pairs, low_N, table, escape_X, out_N)
+    return cpu_impl.decode_ranks(library, pairs, low_N, table, escape_X, out_N)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ernie_elastic.kernels.native import NativeLibrary, build_and_load
-from ernie_elastic.kernels.tbe_codec.reference import Counts, Fields, Words
+from ernie_elastic.kernels.tbe_codec.reference import Bytes, Counts, Fields, Words
 
-ABI = 1
+ABI = 2
 LEVELS = ("portable loops", "AVX2", "AVX-512")
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -33,6 +33,9 @@ def load() -> NativeLibrary:
     library.tbe_count.restype = None
     library.tbe_encode.argtypes = (_P, _I64, _I64, _P, _I64, _INT, _P, _P, _P, _P, _I64)
     library.tbe_decode.argtypes = (_P, _P, _P, _P, _P, _I64, _I64, _I64, _I64, _INT, _P)
+    library.tbe_encode_ranks.argtypes = (_P, _I64, _P, _P, _P, _P)
+    library.tbe_encode_ranks.restype = _I64
+    library.tbe_decode_ranks.argtypes = (_P, _P, _I64, _P, _P, _I64, _P)
     return NativeLibrary(library, f"{native.reason}, {LEVELS[library.tbe_level()]}")
 
 
@@ -67,4 +70,21 @@ def decode(library: ctypes.CDLL, fields: Fields, out_En: Words, level: int = len
     code = library.tbe_decode(
         *[_address(part) for part in parts], size, *out_En.shape, level, threads, _address(out_En)
     )
+    return code == 0
+
+
+def encode_ranks(library: ctypes.CDLL, words_N: Words, table: Bytes, low_N: Bytes) -> tuple[Bytes, Bytes]:
+    """As reference.encode_ranks."""
+    pairs = np.empty(-(-words_N.size // 2), dtype=np.uint8)
+    room = np.empty(words_N.size + 1, dtype=np.uint8)  # one more: see ranks.h
+    arrays = [_address(array) for array in (table, low_N, pairs, room)]
+    number = library.tbe_encode_ranks(_address(words_N), words_N.size, *arrays)
+    return pairs, room[:number].copy()
+
+
+def decode_ranks(library: ctypes.CDLL, pairs: Bytes, low_N: Bytes, table: Bytes, escape_X: Bytes, out_N: Words) -> bool:
+    """As reference.decode_ranks."""
+    first = [_address(array) for array in (pairs, low_N)]
+    last = [_address(array) for array in (table, escape_X)]
+    code = library.tbe_decode_ranks(*first, out_N.size, *last, escape_X.size, _address(out_N))
     return code == 0

@@ -1,6 +1,8 @@
-"""The stored `dense_plane` layout in vectorised numpy: the definition that the native code is compared with.
+"""The stored layouts `dense_plane` and `entropy_coded` (but for zstandard) in vectorised numpy: the definition that the
+native code is compared with.
 
-Legend: E matrices, n weights of a matrix, N weights of a run, T tiles of 4096 weights, P bytes of a plane, F fallbacks.
+Legend: E matrices, n weights of a matrix, N weights of a run or frame, T tiles of 4096 weights, P bytes of a plane,
+F fallbacks, X escapes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ Counts = npt.NDArray[np.int64]
 WINDOW = 7
 TILE = 4096
 CHUNK = 64 * TILE  # stays in cache
+RANKS = 15
+ESCAPE = 15
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,31 @@ def decode(fields: Fields, out_En: Words) -> bool:
             exponent_N[missing_F] = values
             out_En[e, begin : begin + size] = join_words(fields.low_En[e, begin : begin + size], exponent_N)
     return at == fields.fallback_F.size
+
+
+def encode_ranks(words_N: Words, table: Bytes, low_N: Bytes) -> tuple[Bytes, Bytes]:
+    """A frame of BF16 words [N] -> pairs of ranks u8 [ceil(N / 2)] and escapes u8 [X]; its low bytes go into `low_N`.
+
+    table u8 [15]: exponents by rank.
+    """
+    rank_of = np.full(256, ESCAPE, dtype=np.uint8)
+    rank_of[table] = np.arange(RANKS, dtype=np.uint8)
+    exponent_N = exponents(words_N)
+    low_N[:] = low_bytes(words_N)
+    rank_N = np.zeros(words_N.size + words_N.size % 2, dtype=np.uint8)
+    rank_N[: words_N.size] = rank_of[exponent_N]
+    return rank_N[::2] | rank_N[1::2] << np.uint8(4), exponent_N[rank_N[: words_N.size] == ESCAPE]
+
+
+def decode_ranks(pairs: Bytes, low_N: Bytes, table: Bytes, escape_X: Bytes, out_N: Words) -> bool:
+    """The way back into `out_N`; False when the ranks ask for another number of escapes."""
+    rank_N = np.empty(2 * pairs.size, dtype=np.uint8)
+    rank_N[::2], rank_N[1::2] = pairs & 15, pairs >> 4
+    rank_N = rank_N[: out_N.size]
+    missing_X = np.flatnonzero(rank_N == ESCAPE)
+    if missing_X.size != escape_X.size:
+        return False
+    exponent_N = np.append(table, np.uint8(0))[rank_N]
+    exponent_N[missing_X] = escape_X
+    out_N[:] = join_words(low_N, exponent_N)
+    return True

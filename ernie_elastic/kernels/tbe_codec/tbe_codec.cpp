@@ -1,4 +1,5 @@
-// Encodes and decodes the stored `dense_plane` layout (docs/formats.md 2.1). reference.py is the definition.
+// Encodes and decodes the stored layouts `dense_plane` (docs/formats.md 2.1) and, but for zstandard, `entropy_coded` (2.3).
+// reference.py is the definition.
 // Letters: E matrices of n weights, T = ceil(n / 4096) tiles a matrix, P = ceil(n / 8) bytes a plane, F fallbacks.
 #include <algorithm>
 #include <atomic>
@@ -8,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "ranks.h"
 #include "simd.h"
 
 namespace tbe {
@@ -67,7 +69,7 @@ const uint8_t* decode_tile(Level level, const Words& words, int64_t size, uint8_
 
 extern "C" {
 
-int tbe_abi() { return 1; }
+int tbe_abi() { return 2; }
 
 int tbe_level() { return tbe::supported_level(); }
 
@@ -140,6 +142,17 @@ int tbe_decode(const int64_t* ends, const uint8_t* low, const uint8_t* planes, c
     }
   });
   return good ? 0 : -1;
+}
+
+// One frame of `entropy_coded`: ranks.h. Both run on the caller's thread: frames are what threads share.
+int64_t tbe_encode_ranks(const uint16_t* words, int64_t count, const uint8_t* table, uint8_t* low, uint8_t* pairs,
+                         uint8_t* escapes) {
+  return tbe::encode_ranks(words, count, table, low, pairs, escapes);
+}
+
+int tbe_decode_ranks(const uint8_t* pairs, const uint8_t* low, int64_t count, const uint8_t* table,
+                     const uint8_t* escapes, int64_t number, uint16_t* words) {
+  return tbe::decode_ranks(pairs, low, count, table, escapes, number, words) ? 0 : -1;
 }
 
 }  // extern "C"
