@@ -24,3 +24,7 @@ class FormatError(ErnieElasticError, ValueError):
 
 class CheckpointError(ErnieElasticError, RuntimeError):
     """A stage directory that is missing, damaged, of another stage or cannot be written."""
+
+
+class TrainingError(ErnieElasticError, RuntimeError):
+    """A run that cannot go on as it is, such as one whose loss is no number again and again."""

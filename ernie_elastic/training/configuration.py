@@ -27,7 +27,8 @@ class TrainingConfig:
     row, by attention heads (DeepSpeed-Ulysses); 1 = none.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
     limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
-    older ones are removed. wandb: offline or online tracking beside metrics.jsonl.
+    older ones are removed. skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a
+    row end the run with the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
     """
 
     steps: int = 1000
@@ -55,11 +56,14 @@ class TrainingConfig:
     checkpoint_every: int = 0
     stop_after: int = 0
     keep_checkpoints: int = 2
+    skip_limit: int = 10
     log_every: int = 10
     wandb: Literal["off", "offline", "online"] = "off"
     step_limit_s: float = 600.0
 
     def __post_init__(self) -> None:
+        if self.skip_limit < 0:
+            raise ConfigError(f"training: skip_limit {self.skip_limit} must be 0 (never stop) or more")
         if self.steps < 1 or self.rows_per_step < 1 or self.micro_batches < 1:
             raise ConfigError(
                 f"training: steps {self.steps}, rows_per_step {self.rows_per_step} and micro_batches "

@@ -5,9 +5,12 @@ Both take a step over micro-batches of (PackedBatch, SubModelSpec), average grad
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +67,8 @@ class LossModule(nn.Module):
         loss, sums, counts = combine(sums, counts, weights, all_reduce_sum, self.world_size)
         if output.router_loss is not None:
             loss = loss + output.router_loss
+        if not torch.isfinite(sums).all():
+            loss = loss * float("nan")  # else a gradient that happens to be finite would be applied, on some ranks only
         return loss, MicroResult(sums, counts, output.routing, output.layers)
 
 
@@ -151,7 +156,8 @@ class Engine(ABC):
     ) -> tuple[list[MicroResult], float]:
         """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping.
 
-        weights float32 [5]: of the losses, in the order of LOSSES (default: the configuration's fixed ones).
+        A step whose loss or gradient is not finite is not applied on any rank; its norm is inf or NaN. weights float32
+        [5]: of the losses, in the order of LOSSES (default: the configuration's fixed ones).
         """
 
     @abstractmethod
@@ -197,7 +203,8 @@ class TorchEngine(Engine):
                 parameter.grad.copy_(part.view_as(parameter))
         norm = nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip or float("inf"))
         set_learning_rate(self.optimizer.param_groups, lr)
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return results, float(norm)
 
@@ -250,7 +257,10 @@ class DeepSpeedEngine(Engine):
             if number == len(batches) and not self.engine.zero_optimization():
                 # Stage 0 clips in step() and keeps no norm; its gradients are averaged over the ranks by now.
                 norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-            self.engine.step()
+            # The other stages leave such a step out themselves.
+            unfit = number == len(batches) and not math.isfinite(norm)
+            with _without_step(self.engine.optimizer) if unfit else contextlib.nullcontext():
+                self.engine.step()
             results.append(result)
         return results, norm if norm else float(self.engine.get_global_grad_norm() or 0.0)
 
@@ -264,6 +274,21 @@ class DeepSpeedEngine(Engine):
         path, _ = self.engine.load_checkpoint(str(directory), tag=STATE_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed could not read {directory / STATE_TAG}; resume from another step")
+
+
+@contextlib.contextmanager
+def _without_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """DeepSpeed's step counts and clears gradients as ever; the optimizer does nothing, not even weight decay."""
+    step = optimizer.step
+    optimizer.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+    try:
+        yield
+    finally:
+        optimizer.step = step  # type: ignore[method-assign]
 
 
 def sequence_shard(size: int) -> SequenceShard | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ernie_elastic.data.loader import PackedLoader
+from ernie_elastic.data.order import rows_of_step
 from ernie_elastic.data.prepare import STAGE as PACKED_STAGE
 from ernie_elastic.data.shards import PackedCorpus
 from ernie_elastic.data.tokenise import Tokenizers
@@ -27,6 +28,7 @@ from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, ro
 from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import Engine, MicroResult, make_engine, seed_everything
+from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.ranks import all_reduce_sum, barrier, rank, shut_down, world_size
@@ -100,6 +102,7 @@ def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         "training.checkpoint_every",
         "training.stop_after",
         "training.keep_checkpoints",
+        "training.skip_limit",
         "training.log_every",
         "training.wandb",
         "training.step_limit_s",
@@ -135,6 +138,7 @@ class _Run:
         self.config = engine.model.config
         self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
         self.balance = LossBalance(training.loss_weights, training.posterior)
+        self.guard, self.num_rows = StepGuard(training.skip_limit), 0
 
     def train(self, packed_config: dict[str, Any]) -> Path:
         start, checkpoint = 0, latest_checkpoint(self.run_dir)
@@ -145,8 +149,10 @@ class _Run:
             say(f"pretrain: {checkpoint} has all {self.training.steps} steps; nothing to do")
             return checkpoint
         self._print_setup()
+        corpus = PackedCorpus(self.packed_dir)
+        self.num_rows = corpus.num_rows
         loader = PackedLoader(
-            PackedCorpus(self.packed_dir),
+            corpus,
             layout_of(self.config),
             self.training.rows_per_step,
             int(packed_config["row_length"]),
@@ -204,6 +210,17 @@ class _Run:
         lr = self.training.learning_rate * self.training.schedule.factor(step, self.training.steps)
         weights = self.balance.vector()
         results, norm = self.engine.train_step(batches, spec, lr, weights)
+        if not self.guard.applied(step, norm, self._rows_of):
+            log.warning("step %d is skipped: its loss or gradient is not finite (%d so far)", step, self.guard.skipped)
+            seconds = time.perf_counter() - begun
+            return {
+                "step": step,
+                "skipped": True,
+                "losses": {},
+                "lr": lr,
+                "spec": _spec_record(spec),
+                "seconds": seconds,
+            }
         for result in results:
             self.ledger.add(result.routing, result.layers)
         counts = self.ledger.finish_step(all_reduce_sum, spec == self.config.full_spec())
@@ -236,14 +253,14 @@ class _Run:
             "load_max_over_mean": load_max_over_mean(counts, spec),
             "dead_experts": int((counts[list(spec.layers)] == 0).sum()) if spec == self.config.full_spec() else None,
             "bias_range": float(bias.max() - bias.min()),
-            "spec": {
-                "label": spec.label(),
-                "num_layers": len(spec.layers),
-                "num_experts": spec.num_experts,
-                "top_k": spec.top_k,
-                "layers": list(spec.layers),
-            },
+            "skipped_steps": self.guard.skipped,
+            "spec": _spec_record(spec),
         }
+
+    def _rows_of(self, step: int) -> list[int]:
+        """The packed rows that all ranks read at a step."""
+        draws = rows_of_step(self.training.seed, step, self.training.rows_per_step, self.num_rows)
+        return [row for row, _ in draws]
 
     def _print_setup(self) -> None:
         parameters = sum(p.numel() for p in self.engine.model.parameters())
@@ -271,7 +288,19 @@ def _mean_losses(results: list[MicroResult]) -> dict[str, float]:
     return {name: float(sums[i] / counts[i]) for i, name in enumerate(LOSSES) if float(counts[i]) > 0}
 
 
+def _spec_record(spec: SubModelSpec) -> dict[str, Any]:
+    return {
+        "label": spec.label(),
+        "num_layers": len(spec.layers),
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "layers": list(spec.layers),
+    }
+
+
 def _short(record: dict[str, Any]) -> str:
+    if record.get("skipped"):
+        return f"step {record['step']} skipped: not finite"
     losses = " ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
     return f"{losses} | {record['spec']['label']} | {record['tokens_per_s']:.0f} tok/s"
 

@@ -61,6 +61,18 @@ def test_deepspeed_on_two_ranks_equals_torch_on_one(stage, single, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [("deepspeed", "1"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in
+     (("deepspeed", "0"), ("deepspeed", "2"), ("torch", "0")))],
+)  # fmt: skip
+def test_a_gradient_that_is_no_number_on_one_rank_changes_no_weight_on_any(engine, stage, tmp_path):
+    result = run(tmp_path, 2, engine, stage, "3", "adamw", "1", "1")
+    assert len(result["losses"]) == 2 and min(result["norms"]) > 0
+    assert torch.tensor(result["losses"]).isfinite().all(), "the step after the poisoned one is a usual one"
+
+
+@pytest.mark.distributed
 def test_two_ranks_that_share_each_sequence_equal_one(single, tmp_path):
     close(run(tmp_path, 2, "deepspeed", "1", str(STEPS), "adamw", "2"), single)
 

@@ -1,9 +1,12 @@
 """Run under torchrun (or alone): trains a tiny model on random documents and writes losses and a weight checksum.
 
-usage: train_worker.py OUT ENGINE ZERO_STAGE STEPS [OPTIMIZER [SEQUENCE_PARALLEL]]
+usage: train_worker.py OUT ENGINE ZERO_STAGE STEPS [OPTIMIZER [SEQUENCE_PARALLEL [POISONED_STEP]]]
+
+At the poisoned step one gradient of the last rank is NaN; weights before and after it are compared.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,6 +41,7 @@ def main() -> None:
     optimizer = sys.argv[5] if len(sys.argv) > 5 else "adamw"
     torch.set_num_threads(1)
     sequence = int(sys.argv[6]) if len(sys.argv) > 6 else 1
+    poisoned = int(sys.argv[7]) if len(sys.argv) > 7 else -1
     model = tiny_model(initializer_range=0.05, **RICH)
     training = TrainingConfig(
         rows_per_step=ROWS,
@@ -58,7 +62,17 @@ def main() -> None:
         rows = rows_of(step, model.config, reader * share, (reader + 1) * share)
         even = -(-max(len(document) for row in rows for document in row) // 2) * 2
         spec = sample_spec(elastic, model.config, 0, step)
+        before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        hook = None
+        if step == poisoned and rank() == world_size() - 1:
+            hook = engine.model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
         results, norm = engine.train_step([collate(rows, even)], spec, 1e-2)
+        if hook is not None:
+            hook.remove()
+        if step == poisoned:
+            same = all(torch.equal(before[name], p) for name, p in engine.model.named_parameters())
+            assert same and not math.isfinite(norm), f"the poisoned step was applied, norm {norm}"
+            continue
         for result in results:
             ledger.add(result.routing, result.layers)
         update_bias(engine.model, ledger.finish_step(all_reduce_sum, False), spec, 1e-3)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
-from ernie_elastic.errors import CheckpointError, ConfigError
+from ernie_elastic.data.grouping import build_document
+from ernie_elastic.data.packing import collate
+from ernie_elastic.errors import CheckpointError, ConfigError, TrainingError
+from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.modeling.loading import load_model
 from ernie_elastic.presets import PRESETS
 from ernie_elastic.schema import SubModelSpec
+from ernie_elastic.training import engine as engine_module
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
 from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine, deepspeed_config
+from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights, combine
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.schedules import Schedule
-from tests.modeling.common import tiny_model
+from tests.modeling.common import DOCUMENTS, random_parts, tiny_model
 
 
 def test_deepspeed_config_is_pure_and_names_clipping():
@@ -88,6 +94,43 @@ def test_loss_is_the_mean_over_all_ranks():
     total = torch.cat([local[0][0] + local[1][0], local[0][1] + local[1][1]])
     losses = [combine(s, c, LossWeights().vector(), lambda _: total, 2)[0] for s, c in local]
     assert sum(losses) / 2 == pytest.approx((2.0 + 9.0) / 4)
+
+
+def test_a_row_of_skipped_steps_ends_the_run_with_its_rows():
+    guard = StepGuard(3)
+    rows = {step: list(range(10 * step, 10 * step + 10)) for step in range(9)}
+    nan, inf = float("nan"), float("inf")
+    assert [guard.applied(step, norm, rows.get) for step, norm in enumerate([1.0, nan, inf, 0.5, nan, -inf])] == [
+        True, False, False, True, False, False,
+    ]  # fmt: skip
+    with pytest.raises(TrainingError, match=r"3 steps in a row, up to step 6 .limit 3.*step 4: rows 40, 41.*10 in all"):
+        guard.applied(6, nan, rows.get)
+    assert guard.skipped == 5
+    endless = StepGuard(0)
+    assert not any(endless.applied(step, nan, rows.get) for step in range(50))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(value, monkeypatch):
+    model = tiny_model(0)
+    engine = TorchEngine(model, TrainingConfig(engine="torch", rows_per_step=1))
+    parts = [random_parts(name, 1, model.config) for name in DOCUMENTS]
+    batch = collate([[build_document(part, layout_of(model.config)) for part in parts]], 512)
+    spec = model.config.full_spec()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    combined = engine_module.modality_sums
+
+    def spoiled(output, batch, power):
+        sums, counts = combined(output, batch, power)
+        return sums.index_fill(0, torch.tensor([0]), value), counts  # a constant: its gradient is finite
+
+    monkeypatch.setattr(engine_module, "modality_sums", spoiled)
+    _, norm = engine.train_step([batch], spec, 1e-2)
+    assert not math.isfinite(norm)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    monkeypatch.undo()
+    _, norm = engine.train_step([batch], spec, 1e-2)
+    assert norm > 0 and not all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def make_checkpoint(run_dir, step, seed=0):
