@@ -98,12 +98,10 @@ def test_wrong_and_missing_content_is_an_error() -> None:
 
 def test_state_dict_carries_the_packed_arrays() -> None:
     first, second = packed_of(stack()), packed_of(stack().flip(0))
-    if first.tbe__highs.shape == second.tbe__highs.shape:
+    if first.tbe__fallbacks.shape == second.tbe__fallbacks.shape:
         second.load_state_dict(first.state_dict())
         assert torch.equal(first.decode(), second.decode())
-    assert set(first.state_dict()) == {
-        f"tbe__{name}" for name in ("low", "codes", "table", "offsets", "positions", "highs")
-    }
+    assert set(first.state_dict()) == {f"tbe__{name}" for name in ("low", "codes", "table", "offsets", "fallbacks")}
 
 
 def test_resident_bytes_count_shared_storage_once() -> None:

@@ -21,9 +21,9 @@ from tests.support import ROOT
 
 RUN = ROOT / "scripts" / "bench" / "run.py"
 REQUIRED = {
-    "codec": {"bound", "payload", "memory", "tca_tbe", "zipnn", "zstd", "safetensors", "fsync"},
+    "codec": {"bound", "payload", "memory", "tca_tbe", "entropy_coded", "zipnn", "zstd", "safetensors", "fsync"},
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
-    "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32"},
+    "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32", "memory_read", "reference"},
 }
 
 
@@ -121,11 +121,14 @@ def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             gemv.run(True)
         return
     monkeypatch.setattr(gemv, "QUICK_SHAPES", ((64, 96),))
-    monkeypatch.setattr(gemv, "CACHES", 0)
+    monkeypatch.setattr(gemv, "QUICK_EXPERTS", ((4, 32, 64, 2),))
+    monkeypatch.setattr(gemv, "QUICK_BYTES", 1)
     rows = [row.to_json() for row in gemv.run(True)]
     check_rows(rows, REQUIRED["zip_gemv_cpu"])
-    assert [row["case"].split(" (")[0] for row in rows] == ["64x96 M=1", "64x96 M=4"]
-    assert all(set(row["theirs"]) == REQUIRED["zip_gemv_cpu"] for row in rows)
+    products = ["64x96 M=1", "64x96 M=4"]
+    layers = ["4 experts 2x32x64, top-2, M=1", "4 experts 2x32x64, top-2, M=4"]
+    assert [row["case"].split(" (")[0] for row in rows] == [*products, "64x96 pack", "64x96 unpack", *layers]
+    assert all(set(row["theirs"]) == REQUIRED["zip_gemv_cpu"] - {"reference"} for row in rows[:2])
 
 
 def write_catalog(file: Path, messages: dict[str, str]) -> None:

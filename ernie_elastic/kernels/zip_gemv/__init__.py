@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.zip_gemv import cpu_impl, reference
-from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix, pack
+from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 
 __all__ = [
     "FUSED_MAX_ROWS",
@@ -56,22 +56,37 @@ def _auto_is_native() -> bool:
     return available_backends()[0] == "native"
 
 
-def _native(backend: str, packed: PackedMatrix) -> bool:
+def _native(backend: str, device: torch.device) -> bool:
     """Whether a call runs natively. Raises ConfigError for an unknown back end or one that cannot run."""
     if backend == "reference":
         return False
     if backend == "auto":
-        return "native" in packed.prepared or (packed.tensors["low"].device.type == "cpu" and _auto_is_native())
+        return device.type == "cpu" and _auto_is_native()
     if backend != "native":
         raise ConfigError(f"zip_gemv: backend {backend!r} is not known; choose auto, native or reference")
     if "native" not in available_backends():
         raise ConfigError(f"zip_gemv: backend 'native' cannot run here: {cpu_impl.load().reason}; choose reference")
-    if packed.tensors["low"].device.type != "cpu":
+    if device.type != "cpu":
         raise ConfigError(
-            f"zip_gemv: backend 'native' runs on cpu, the matrix is on {packed.tensors['low'].device}; "
-            "move it to cpu or choose reference"
+            f"zip_gemv: backend 'native' runs on cpu, the matrix is on {device}; move it to cpu or choose reference"
         )
     return True
+
+
+def _native_for(backend: str, packed: PackedMatrix) -> bool:
+    """`_native` for a packed matrix: one that was prepared natively needs no look."""
+    known = backend == "auto" and "native" in packed.prepared
+    return known or _native(backend, packed.tensors["low"].device)
+
+
+def pack(weight_RC: Tensor, backend: Backend = "auto") -> PackedMatrix:
+    """BF16 [R, C] (any strides, any device) -> PackedMatrix on the same device; every back end gives the same bits.
+
+    Raises ConfigError for other inputs or a back end that cannot run.
+    """
+    if _native(backend, weight_RC.device):
+        return cpu_impl.pack(weight_RC)
+    return reference.pack(weight_RC)
 
 
 def unpack(
@@ -89,7 +104,7 @@ def unpack(
     large new tensor. Raises ConfigError for another dtype, rows outside the matrix, an `out` that does not fit or a
     back end that cannot run.
     """
-    if _native(backend, packed):
+    if _native_for(backend, packed):
         return cpu_impl.unpack(packed, dtype, start, stop, out)
     return reference.unpack(packed, dtype, start=start, stop=stop, out_NC=out)
 
@@ -101,7 +116,7 @@ def unpack_rows(
 
     Raises ConfigError for an index outside the matrix, another dtype or a back end that cannot run.
     """
-    if _native(backend, packed):
+    if _native_for(backend, packed):
         return cpu_impl.unpack_rows(packed, rows_N, dtype)
     return reference.unpack_rows(packed, rows_N, dtype)
 
@@ -111,7 +126,8 @@ def matmul(
 ) -> Tensor:
     """x [M, C] float32 times the transpose of rows start..stop (default: all): float32 [M, stop - start].
 
-    Native: fused decode up to `cpu_impl.FUSED_MAX_ROWS` rows of x, beyond that decode a block of rows and multiply.
+    Native: fused decode, with AMX for any number of rows of x, else up to `cpu_impl.FUSED_MAX_ROWS`; beyond that decode
+    a block of rows and multiply.
     Raises ConfigError for another dtype or width of x, rows outside the matrix or a back end that cannot run.
     """
     if x_MC.dtype != torch.float32 or x_MC.ndim != 2 or x_MC.shape[1] != packed.shape[1]:
@@ -119,7 +135,7 @@ def matmul(
             f"zip_gemv: x is {x_MC.dtype} {tuple(x_MC.shape)}, the matrix {packed.shape} needs torch.float32 "
             f"[M, {packed.shape[1]}]; convert x"
         )
-    if _native(backend, packed):
+    if _native_for(backend, packed):
         return cpu_impl.matmul(x_MC, packed, start, stop)
     return reference.matmul(x_MC, packed, start=start, stop=stop)
 
@@ -130,7 +146,7 @@ def bind(packed: PackedMatrix) -> Callable[[Tensor], Tensor] | None:
     has dozens of small products, and checking costs as much as they do.
     """
     kept: Callable[[Tensor], Tensor] | None = packed.prepared.get("product")
-    if kept is None and _native("auto", packed):
+    if kept is None and _native_for("auto", packed):
         kept = packed.prepared["product"] = cpu_impl.bind(packed)
     return kept
 
@@ -165,6 +181,6 @@ def experts(
             f"zip_gemv: x {tuple(x_MC.shape)}, ids {tuple(ids_MK.shape)}, weights {tuple(weights_MK.shape)}, gate_up "
             f"{gate_up.shape} and down {down.shape} do not fit; pass [M, C], [M, K], [M, K], [E * 2I, C] and [E * C, I]"
         )
-    if x_MC.shape[0] > cpu_impl.FUSED_MAX_ROWS or not (_native("auto", gate_up) and _native("auto", down)):
+    if x_MC.shape[0] > cpu_impl.FUSED_MAX_ROWS or not (_native_for("auto", gate_up) and _native_for("auto", down)):
         return None
     return cpu_impl.experts(x_MC, gate_up, down, ids_MK, weights_MK)

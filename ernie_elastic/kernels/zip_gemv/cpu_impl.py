@@ -1,8 +1,8 @@
 """ctypes front of zip_gemv.cpp: the same functions as reference.py, natively, on CPU tensors.
 
-Contract: weights bit-exact; products bit-identical to `bf16_matmul`, our plain BF16 twin of the same sum order, for
-every number of rows of x that takes the fused path. Every call releases the GIL and uses up to
-`torch.get_num_threads()` threads where a thread has enough to do.
+Contract: weights bit-exact; fused products bit-identical to `bf16_matmul`, our plain BF16 twin of the same sum order. A
+row of x gives the same bits whatever stands beside it, except that with AMX two rows and more take another sum order
+than one row. Every call releases the GIL and uses up to `torch.get_num_threads()` threads where each has enough to do.
 
 Legend: R rows, C columns, M rows of the activations, N number of rows asked for.
 """
@@ -23,22 +23,23 @@ from ernie_elastic.kernels.native import NativeLibrary, build_and_load
 from ernie_elastic.kernels.zip_gemv import reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 
-ABI = 4
-# Above this many rows of x, decoding a block and multiplying by torch is faster (scripts/bench/zip_gemv_cpu.py).
-FUSED_MAX_ROWS = 16
+ABI = 5
+# Above this many rows of x, decoding a block and multiplying by torch is faster where there is no AMX
+# (scripts/bench/zip_gemv_cpu.py); with AMX the fused product is faster for any number of rows.
+FUSED_MAX_ROWS = 32
 # Bytes of float32 weights decoded at once when the product is not fused: a buffer that stays in the last-level cache.
 DECODE_BLOCK_BYTES = 4 << 20
-LEVELS = ("portable loops", "AVX2 + FMA", "AVX-512")
+# Tiles of 4096 weights below which packing on one more thread costs more than it saves.
+PACK_TILES = 32
+LEVELS = ("portable loops", "AVX2 + FMA", "AVX-512", "AVX-512 and AMX")
+AVX512, AMX = 2, 3
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class Matrix(ctypes.Structure):
-    """zip::Matrix of layout.h: addresses of the arrays, R, C, number of fallbacks, highest LEVELS index to use."""
+    """zip::Matrix of layout.h: addresses of the arrays, R, C, highest LEVELS index to use."""
 
-    _fields_ = (
-        *((name, _P) for name in reference.DTYPES),
-        *((name, _I64) for name in ("rows", "columns", "fallbacks", "level")),
-    )
+    _fields_ = (*((name, _P) for name in reference.DTYPES), *((name, _I64) for name in ("rows", "columns", "level")))
 
 
 def openmp_parallel() -> int | None:
@@ -71,11 +72,18 @@ def load() -> NativeLibrary:
     library.zip_use_openmp.argtypes = (_P,)
     parallel = openmp_parallel()
     library.zip_use_openmp(parallel)
+    library.zip_advise_large_pages.argtypes = (_P, _I64)
+    library.zip_advise_large_pages.restype = None
+    library.zip_count_exponents.argtypes = (_P, _I64, _I64, _P)
+    library.zip_pack.argtypes = (_P, _I64, _I64, _I64, *[_P] * 6)
+    library.zip_check.argtypes = (_P, _I64, _INT)
     library.zip_unpack.argtypes = (_P, _I64, _I64, _INT, _INT, _P)
     library.zip_unpack_rows.argtypes = (_P, _P, _I64, _INT, _INT, _P)
     library.zip_matmul.argtypes = (_P, _P, _I64, _I64, _I64, _INT, _P)
     library.zip_experts.argtypes = (_P, _P, _I64, _P, _I64, _P, _P, _I64, _INT, _P)
     library.zip_bf16_matmul.argtypes = (_P, _I64, _I64, _I64, _P, _I64, _INT, _P)
+    library.zip_read.argtypes = (_P, _I64, _INT)
+    library.zip_read.restype = ctypes.c_uint64
     threads = "torch's OpenMP threads" if parallel else "own threads"
     return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}, {threads}")
 
@@ -88,25 +96,64 @@ def _library() -> ctypes.CDLL:
     return native.library
 
 
+def advise_large_pages(fresh: Tensor) -> None:
+    """Ask for large pages behind a contiguous tensor of any shape that was never written: it is read faster then."""
+    _library().zip_advise_large_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+
+
+def pack(weight_RC: Tensor, level: int = len(LEVELS) - 1) -> PackedMatrix:
+    """As `reference.pack`, the same bits, for a weight [R, C] on the CPU. level: the highest index of LEVELS to use."""
+    sizes = reference.check_weight(weight_RC)
+    weight_RC = weight_RC.detach().contiguous()
+    count, tiles = weight_RC.numel(), sizes["offsets"] - 1
+    parts = max(1, min(torch.get_num_threads(), tiles // PACK_TILES))
+    counts_P256 = torch.empty(parts, 256, dtype=torch.int64)
+    _library().zip_count_exponents(weight_RC.data_ptr(), count, parts, counts_P256.data_ptr())
+    table_8, code_256 = reference.choose_codes(counts_P256.sum(0))
+    missing_P = (counts_P256 * (code_256 == 0)).sum(1)
+    before_P = missing_P.cumsum(0) - missing_P
+    total = int(missing_P.sum())
+    streams = {name: torch.empty(sizes[name], dtype=reference.DTYPES[name]) for name in ("low", "codes", "offsets")}
+    for name in ("low", "codes"):
+        advise_large_pages(streams[name])
+    streams["fallbacks"] = torch.zeros(total + reference.SLACK, dtype=torch.uint8)
+    streams["offsets"][-1] = total
+    places = [streams[name].data_ptr() for name in ("low", "codes", "offsets", "fallbacks")]
+    _library().zip_pack(weight_RC.data_ptr(), count, parts, level, code_256.data_ptr(), before_P.data_ptr(), *places)
+    rows, columns = weight_RC.shape
+    return PackedMatrix((rows, columns), {name: streams.get(name, table_8) for name in reference.DTYPES})
+
+
 def prepare(packed: PackedMatrix, level: int = len(LEVELS) - 1) -> int:
     """Address of the matrix as C++ sees it, made at the first call and kept with the matrix and its arrays.
 
     level: the highest index of LEVELS that the first call allows (tests compare them). Raises ConfigError for arrays
-    that C++ cannot read as they are.
+    that C++ cannot read as they are, FormatError for offsets that disagree with the codes.
     """
     kept = packed.prepared.get("native")
     if kept is None:
         arrays = [packed.tensors[name] for name in reference.DTYPES]
         if any(array.device.type != "cpu" or not array.is_contiguous() for array in arrays):
             raise ConfigError(f"zip_gemv: packed matrix {packed.shape} is not contiguous on cpu; pack it anew there")
-        matrix = Matrix(*[array.data_ptr() for array in arrays], *packed.shape, packed.num_fallbacks, level)
-        kept = packed.prepared["native"] = (matrix, ctypes.addressof(matrix), arrays)
+        streams = (packed.tensors["table"], packed.tensors["fallbacks"])
+        if level > AVX512 and any((stream == 255).any() for stream in streams):
+            level = AVX512  # tiles cannot take infinite weights and NaN
+        matrix = Matrix(*[array.data_ptr() for array in arrays], *packed.shape, level)
+        address = ctypes.addressof(matrix)
+        if _library().zip_check(address, packed.tensors["fallbacks"].numel(), torch.get_num_threads()):
+            raise FormatError(
+                f"packed matrix {packed.shape}: its fallback offsets are out of range or disagree with its codes; "
+                "pack it anew"
+            )
+        kept = packed.prepared["native"] = (matrix, address, arrays)
     return kept[1]
 
 
-def _check(code: int, packed: PackedMatrix) -> None:
-    if code:
-        raise FormatError(f"packed matrix {packed.shape}: its fallback offsets are out of range; pack it anew")
+def uses_tiles(packed: PackedMatrix) -> bool:
+    """Whether products with two rows of x and more go through the tiles of AMX."""
+    prepare(packed)
+    matrix: Matrix = packed.prepared["native"][0]
+    return matrix.level == _library().zip_level() == AMX and packed.shape[1] % 64 == 0
 
 
 def unpack(
@@ -117,7 +164,7 @@ def unpack(
     start, stop = reference.check_range(packed, start, stop)
     out_NC = reference.check_out(packed, dtype, stop - start, out_NC)
     wide, threads = int(dtype == torch.float32), torch.get_num_threads()
-    _check(_library().zip_unpack(prepare(packed), start, stop, wide, threads, out_NC.data_ptr()), packed)
+    _library().zip_unpack(prepare(packed), start, stop, wide, threads, out_NC.data_ptr())
     return out_NC
 
 
@@ -127,24 +174,20 @@ def unpack_rows(packed: PackedMatrix, rows_N: Tensor, dtype: torch.dtype) -> Ten
     rows_N = reference.check_rows(packed, rows_N)
     out_NC = torch.empty(rows_N.numel(), packed.shape[1], dtype=dtype)
     wide, threads = int(dtype == torch.float32), torch.get_num_threads()
-    code = _library().zip_unpack_rows(
-        prepare(packed), rows_N.data_ptr(), rows_N.numel(), wide, threads, out_NC.data_ptr()
-    )
-    _check(code, packed)
+    _library().zip_unpack_rows(prepare(packed), rows_N.data_ptr(), rows_N.numel(), wide, threads, out_NC.data_ptr())
     return out_NC
 
 
 def matmul(x_MC: Tensor, packed: PackedMatrix, start: int = 0, stop: int | None = None) -> Tensor:
     """x float32 [M, C] times the transpose of rows start..stop: float32 [M, stop - start]."""
     start, stop = reference.check_range(packed, start, stop)
-    if x_MC.shape[0] > FUSED_MAX_ROWS:
+    if x_MC.shape[0] > FUSED_MAX_ROWS and not uses_tiles(packed):
         return _decode_then_multiply(x_MC, packed, start, stop)
     x_MC = x_MC.detach().contiguous()
     y_MR = torch.empty(x_MC.shape[0], stop - start)
-    code = _library().zip_matmul(
+    _library().zip_matmul(
         prepare(packed), x_MC.data_ptr(), x_MC.shape[0], start, stop, torch.get_num_threads(), y_MR.data_ptr()
     )
-    _check(code, packed)
     return y_MR
 
 
@@ -157,8 +200,7 @@ def bind(packed: PackedMatrix) -> Callable[[Tensor], Tensor]:
 
     def product(x: Tensor) -> Tensor:
         y = torch.empty(*x.shape[:-1], rows)
-        if call(address, x.data_ptr(), x.numel() // columns, 0, rows, torch.get_num_threads(), y.data_ptr()):
-            _check(-1, packed)
+        call(address, x.data_ptr(), x.numel() // columns, 0, rows, torch.get_num_threads(), y.data_ptr())
         return y
 
     return product
@@ -180,9 +222,8 @@ def experts(x_MC: Tensor, gate_up: PackedMatrix, down: PackedMatrix, ids_MK: Ten
         torch.get_num_threads(),
         y_MC.data_ptr(),
     )
-    if code == -2:
+    if code:
         raise ConfigError(f"zip_gemv: an expert's id is negative (the lowest is {int(ids_MK.min())}); ids start at 0")
-    _check(code, gate_up)
     return y_MC
 
 
@@ -213,3 +254,9 @@ def bf16_matmul(x_MC: Tensor, weight_RC: Tensor, level: int = len(LEVELS) - 1) -
         weight_RC.data_ptr(), rows, columns, level, x_MC.data_ptr(), count, threads, y_MR.data_ptr()
     )
     return y_MR
+
+
+def read(data: Tensor) -> int:
+    """Read all bytes of a contiguous tensor of any shape with all threads, as fast as a product could: a sum."""
+    total: int = _library().zip_read(data.data_ptr(), data.numel() * data.element_size(), torch.get_num_threads())
+    return total

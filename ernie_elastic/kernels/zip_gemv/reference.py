@@ -1,19 +1,18 @@
 """The CPU run-time layout of a losslessly compressed BF16 matrix, in plain torch: the definition of `zip_gemv`.
 
 Contract: `unpack(pack(w))` has the bits of `w` for every BF16 pattern (NaN payloads, infinities, -0, denormals) and
-every shape [R, C] with R, C >= 1. The layout (ours: the low-byte trick of docs/decisions.md, blocks for small experts)
-works on the matrix flattened in row order, N = R * C weights, with no padding per row:
+every shape [R, C] with R, C >= 1. The layout (ours: the stored dense plane, its codes packed so that a shuffle
+spreads them) works on the matrix flattened in row order, N = R * C weights, with no padding per row:
 
-    low        u8  [N]              low byte: exponent bit 0 and the 7 mantissa bits
-    codes      u8  [3 * ceil(N/8)]  3-bit codes, weight i at bits 3*(i%8).. of the little-endian 24-bit word i//8
-    table      u8  [8]              code -> high byte (sign and exponent bits 7..1): the 8 most frequent high bytes
-    offsets    i32 [ceil(N/256)+1]  fallback b of block k (256 weights) lies at offsets[k] <= b < offsets[k+1]
-    positions  u8  [F]              place of each fallback in its block, ascending
-    highs      u8  [F]              true high byte of each fallback (its code is 0; its low byte stays in `low`)
+    low        u8  [N]               sign (bit 7) and the 7 mantissa bits
+    codes      u8  [3 * ceil(N/8)]   3-bit codes, weight i at bits 3*(i%8).. of the little-endian 24-bit word i//8
+    table      u8  [8]               code -> exponent: the 7 most frequent exponents at 1..7; entry 0 is 0
+    offsets    i64 [ceil(N/4096)+1]  fallbacks before each tile of 4096 weights; the last entry is F
+    fallbacks  u8  [F + 64]          the exponents of the weights of code 0, in order; then 64 zeros, which may be read
 
-Eight most frequent high bytes = the maximal coverage that 3 bits can have; no code is reserved for fallbacks.
+No position is stored: a code of 0 is a fallback, and its place among the fallbacks is a count of zeros.
 
-Legend: R rows, C columns, N weights, F fallbacks, M rows of the activations, K blocks of 256 weights.
+Legend: R rows, C columns, N weights, F fallbacks, M rows of the activations, K tiles of 4096 weights.
 """
 
 from __future__ import annotations
@@ -26,16 +25,17 @@ from torch import Tensor
 
 from ernie_elastic.errors import ConfigError, FormatError
 
-BLOCK = 256
-# Weights handled at once, so that temporaries stay small beside the matrix; a multiple of BLOCK.
+TILE = 4096
+# Bytes behind the fallbacks that a vector load may touch.
+SLACK = 64
+# Weights handled at once, so that temporaries stay small beside the matrix; a multiple of TILE.
 CHUNK = 1 << 20
 DTYPES = {
     "low": torch.uint8,
     "codes": torch.uint8,
     "table": torch.uint8,
-    "offsets": torch.int32,
-    "positions": torch.uint8,
-    "highs": torch.uint8,
+    "offsets": torch.int64,
+    "fallbacks": torch.uint8,
 }
 
 
@@ -43,7 +43,7 @@ DTYPES = {
 class PackedMatrix:
     """A BF16 matrix [R, C] in the CPU run-time layout: integer tensors only, so no dtype cast can touch them.
 
-    shape: (R, C). tensors: the six arrays of the module docstring by name; neither the dictionary nor the arrays'
+    shape: (R, C). tensors: the five arrays of the module docstring by name; neither the dictionary nor the arrays'
     storage may be exchanged afterwards. Raises FormatError when a tensor is missing, has another dtype or another
     size than `shape` asks for.
     """
@@ -62,10 +62,10 @@ class PackedMatrix:
                     f"packed matrix {self.shape}: {name} is {found}, expected {sizes.get(name, 'F')} of {dtype}; "
                     "pack the matrix anew"
                 )
-        if self.tensors["positions"].numel() != self.tensors["highs"].numel():
+        if self.tensors["fallbacks"].numel() < SLACK:
             raise FormatError(
-                f"packed matrix {self.shape}: {self.tensors['positions'].numel()} fallback positions for "
-                f"{self.tensors['highs'].numel()} high bytes; pack the matrix anew"
+                f"packed matrix {self.shape}: fallbacks has {self.tensors['fallbacks'].numel()} bytes, expected at "
+                f"least {SLACK}; pack the matrix anew"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,8 +84,8 @@ class PackedMatrix:
 
     @property
     def num_fallbacks(self) -> int:
-        """Weights whose high byte is outside the table."""
-        return self.tensors["positions"].numel()
+        """Weights whose exponent is outside the table."""
+        return self.tensors["fallbacks"].numel() - SLACK
 
 
 def stream_sizes(rows: int, columns: int) -> dict[str, int]:
@@ -93,57 +93,60 @@ def stream_sizes(rows: int, columns: int) -> dict[str, int]:
     if rows < 1 or columns < 1:
         raise ConfigError(f"packed matrix: shape ({rows}, {columns}) has a side below 1; pass a matrix with weights")
     count = rows * columns
-    return {"low": count, "codes": 3 * -(-count // 8), "table": 8, "offsets": -(-count // BLOCK) + 1}
+    return {"low": count, "codes": 3 * -(-count // 8), "table": 8, "offsets": -(-count // TILE) + 1}
 
 
-def choose_table(counts: Tensor) -> Tensor:
-    """The 8 high bytes of maximal coverage. counts: int64 [256] -> u8 [8], most frequent first, ties by value."""
-    return torch.sort(counts, descending=True, stable=True).indices[:8].to(torch.uint8)
+def choose_codes(counts_256: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each exponent occurs, int64 [256] -> (table u8 [8], code of each exponent u8 [256], 0 for fallbacks).
+
+    The seven codes go to the most frequent exponents, most frequent first, ties by value: maximal coverage.
+    """
+    table_8 = torch.zeros(8, dtype=torch.uint8, device=counts_256.device)
+    table_8[1:] = torch.sort(counts_256, descending=True, stable=True).indices[:7].to(torch.uint8)
+    code_256 = torch.zeros(256, dtype=torch.uint8, device=counts_256.device)
+    code_256[table_8[1:].long()] = torch.arange(1, 8, dtype=torch.uint8, device=counts_256.device)
+    return table_8, code_256
 
 
-def pack(weight_RC: Tensor) -> PackedMatrix:
-    """BF16 [R, C] (any strides, any device) -> PackedMatrix on the same device. ConfigError for other inputs."""
+def check_weight(weight_RC: Tensor) -> dict[str, int]:
+    """`stream_sizes` of a weight that can be packed; ConfigError for another dtype or number of dimensions."""
     if weight_RC.dtype != torch.bfloat16 or weight_RC.ndim != 2:
         raise ConfigError(
             f"pack: got {weight_RC.dtype} of shape {tuple(weight_RC.shape)}, expected torch.bfloat16 [R, C]; "
             "convert or reshape the weight"
         )
-    rows, columns = weight_RC.shape
-    sizes = stream_sizes(rows, columns)
-    bytes_N2 = weight_RC.detach().contiguous().view(torch.uint8).reshape(-1, 2)
+    return stream_sizes(*weight_RC.shape)
+
+
+def pack(weight_RC: Tensor) -> PackedMatrix:
+    """BF16 [R, C] (any strides, any device) -> PackedMatrix on the same device. ConfigError for other inputs."""
+    sizes = check_weight(weight_RC)
+    word_N = weight_RC.detach().contiguous().view(torch.int16).reshape(-1)
     device = weight_RC.device
     counts_256 = torch.zeros(256, dtype=torch.int64, device=device)
-    for part_N2 in bytes_N2.split(CHUNK):
-        counts_256 += torch.bincount(part_N2[:, 1].int(), minlength=256)
-    table_8 = choose_table(counts_256)
-    covered_256 = torch.zeros(256, dtype=torch.bool, device=device)
-    covered_256[table_8.long()] = True
-    if int(counts_256[~covered_256].sum()) >= 2**31:
-        raise ConfigError(f"pack: matrix ({rows}, {columns}) has 2^31 fallbacks or more; split it by rows")
-    code_256 = torch.zeros(256, dtype=torch.uint8, device=device)
-    code_256[table_8.long()] = torch.arange(8, dtype=torch.uint8, device=device)
-    low_N = bytes_N2[:, 0].clone()
-    codes, fallbacks_K, positions, highs = [], [], [], []
-    for part_N2 in bytes_N2.split(CHUNK):
-        high_N = part_N2[:, 1].int()
-        codes.append(_pack_codes(code_256[high_N]))
-        missing_F = (~covered_256[high_N]).nonzero().squeeze(1)
-        positions.append((missing_F % BLOCK).to(torch.uint8))
-        highs.append(part_N2[:, 1][missing_F])
-        fallbacks_K.append(torch.bincount(missing_F // BLOCK, minlength=-(-high_N.numel() // BLOCK)))
-    offsets = torch.zeros(sizes["offsets"], dtype=torch.int32, device=device)
-    offsets[1:] = torch.cat(fallbacks_K).cumsum(0)
-    return PackedMatrix(
-        (rows, columns),
-        {
-            "low": low_N,
-            "codes": torch.cat(codes),
-            "table": table_8,
-            "offsets": offsets,
-            "positions": torch.cat(positions),
-            "highs": torch.cat(highs),
-        },
-    )
+    for part_N in word_N.split(CHUNK):
+        counts_256 += torch.bincount(_exponents(part_N), minlength=256)
+    table_8, code_256 = choose_codes(counts_256)
+    low, codes, fallbacks, counts_K = [], [], [], []
+    for part_N in word_N.split(CHUNK):
+        exponent_N = _exponents(part_N)
+        code_N = code_256[exponent_N]
+        low.append((part_N >> 8 & 0x80 | part_N & 0x7F).to(torch.uint8))
+        codes.append(_pack_codes(code_N))
+        missing_F = (code_N == 0).nonzero().squeeze(1)
+        fallbacks.append(exponent_N[missing_F].to(torch.uint8))
+        counts_K.append(torch.bincount(missing_F // TILE, minlength=-(-part_N.numel() // TILE)))
+    offsets = torch.zeros(sizes["offsets"], dtype=torch.int64, device=device)
+    offsets[1:] = torch.cat(counts_K).cumsum(0)
+    fallbacks.append(torch.zeros(SLACK, dtype=torch.uint8, device=device))
+    streams = {"low": torch.cat(low), "codes": torch.cat(codes), "table": table_8}
+    rows, columns = weight_RC.shape
+    return PackedMatrix((rows, columns), {**streams, "offsets": offsets, "fallbacks": torch.cat(fallbacks)})
+
+
+def _exponents(word_N: Tensor) -> Tensor:
+    """int16 BF16 words [N] -> int32 exponents [N]."""
+    return word_N.int() >> 7 & 0xFF
 
 
 def _pack_codes(code_N: Tensor) -> Tensor:
@@ -153,22 +156,23 @@ def _pack_codes(code_N: Tensor) -> Tensor:
     return word.view(torch.uint8).reshape(-1, 4)[:, :3].reshape(-1)
 
 
-def _bytes_of_range(packed: PackedMatrix, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Low and high bytes (u8, both [end - begin]) of the flat weights begin..end; begin is a multiple of BLOCK."""
-    tensors, wanted = packed.tensors, end - begin
-    # Whole blocks, so that all their fallbacks have a place.
-    end = min(-(-end // BLOCK) * BLOCK, tensors["low"].numel())
-    low_N = tensors["low"][begin:end]
+def _words_of_range(packed: PackedMatrix, begin: int, end: int) -> Tensor:
+    """BF16 words (int16 [end - begin]) of the flat weights begin..end; begin is a multiple of TILE."""
+    tensors = packed.tensors
     triple = tensors["codes"][3 * (begin // 8) : 3 * -(-end // 8)].reshape(-1, 3).int()
     word = triple[:, 0] | triple[:, 1] << 8 | triple[:, 2] << 16
     shifts_8 = 3 * torch.arange(8, device=word.device, dtype=torch.int32)
     code_N = ((word[:, None] >> shifts_8) & 7).reshape(-1)[: end - begin]
-    high_N = tensors["table"][code_N]
-    offsets_K = tensors["offsets"][begin // BLOCK : -(-end // BLOCK) + 1].long()
-    first, last = int(offsets_K[0]), int(offsets_K[-1])
-    block_F = torch.repeat_interleave(torch.arange(offsets_K.numel() - 1, device=word.device), offsets_K.diff())
-    high_N[block_F * BLOCK + tensors["positions"][first:last]] = tensors["highs"][first:last]
-    return low_N[:wanted], high_N[:wanted]
+    exponent_N = tensors["table"][code_N].int()
+    missing_F = (code_N == 0).nonzero().squeeze(1)
+    first = int(tensors["offsets"][begin // TILE])
+    if not 0 <= first <= packed.num_fallbacks - missing_F.numel():
+        raise FormatError(f"packed matrix {packed.shape}: its fallback offsets are out of range; pack it anew")
+    exponent_N[missing_F] = tensors["fallbacks"][first : first + missing_F.numel()].int()
+    low_N = tensors["low"][begin:end].int()
+    word_N = (low_N & 0x80) << 8 | exponent_N << 7 | low_N & 0x7F
+    # From -32768 on, so that the sign fits int16 exactly.
+    return ((word_N ^ 0x8000) - 0x8000).to(torch.int16)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -199,12 +203,9 @@ def check_out(packed: PackedMatrix, dtype: torch.dtype, count: int, out_NC: Tens
     return out_NC
 
 
-def join_bytes(low_N: Tensor, high_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes (u8 [N] each) -> BF16 [N], or float32 [N] whose upper 16 bits they are (exact, NaN payloads too)."""
-    if dtype == torch.bfloat16:
-        return torch.stack((low_N, high_N), dim=-1).reshape(-1).view(torch.bfloat16)
-    zero_N = torch.zeros_like(low_N)
-    return torch.stack((zero_N, zero_N, low_N, high_N), dim=-1).reshape(-1).view(torch.float32)
+def _to_values(word_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """int16 words [N] -> BF16 [N], or float32 [N] whose upper 16 bits they are (exact, NaN payloads too)."""
+    return word_N.view(torch.bfloat16) if dtype == torch.bfloat16 else (word_N.int() << 16).view(torch.float32)
 
 
 def unpack(
@@ -226,9 +227,9 @@ def unpack(
     out_NC = check_out(packed, dtype, stop - start, out_NC)
     out_N = out_NC.view(-1)
     first, last = start * columns, stop * columns
-    for begin in range(first // BLOCK * BLOCK, last, CHUNK):
+    for begin in range(first // TILE * TILE, last, CHUNK):
         end = min(begin + CHUNK, last)
-        values_N = join_bytes(*_bytes_of_range(packed, begin, end), dtype)
+        values_N = _to_values(_words_of_range(packed, begin, end), dtype)
         skip = max(first - begin, 0)
         out_N[begin + skip - first : end - first] = values_N[skip:]
     return out_NC
