@@ -22,6 +22,7 @@ from tests.support import ROOT
 RUN = ROOT / "scripts" / "bench" / "run.py"
 REQUIRED = {
     "codec": {"bound", "payload", "memory", "tca_tbe", "entropy_coded", "zipnn", "zstd", "safetensors", "fsync"},
+    "compressed_decode": {"bf16", "fp32"},
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32", "memory_read", "reference"},
 }
@@ -112,6 +113,18 @@ def test_codec_that_loses_bits_is_not_timed(bench: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(codec.codec, "decode", lambda stream: torch.zeros(8, 8, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="ours does not give back the bits of tiny"):
         codec.measure("tiny", torch.randn(8, 8).bfloat16(), 1)
+
+
+def test_compressed_decode_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode: ModuleType = bench("compressed_decode")
+    makers = decode.models(True)
+    monkeypatch.setattr(decode, "models", lambda quick: {"ernie_elastic": makers["ernie_elastic"]})
+    monkeypatch.setattr(decode, "NEW_TOKENS", 3)
+    rows = [row.to_json() for row in decode.run(True)]
+    speed, size = rows
+    assert speed["unit"] == "tokens/s" and size["unit"] == "MB" and all(row["ours"] > 0 for row in rows)
+    assert set(speed["theirs"]) == REQUIRED["compressed_decode"] and "decode" in speed["case"]
+    assert 1.35 < size["ratio"]["bf16"] < 1.45 and size["theirs"]["fp32"] == pytest.approx(2 * size["theirs"]["bf16"])
 
 
 def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
