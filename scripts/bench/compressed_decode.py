@@ -90,12 +90,9 @@ def generator(model: Any) -> Callable[[int], Any]:
     """Greedy decoding of NEW_TOKENS tokens after a prompt, whose own step counts as the first one's."""
     torch.manual_seed(1)
     prompt = torch.randint(3, model.config.vocab_size, (1, PROMPT))
-    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     config = copy.deepcopy(model.generation_config)
-    config.eos_token_id = None
-    return lambda _: model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), generation_config=config, **settings
-    )
+    config.update(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return lambda _: model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
 
 
 def fastest(model: Any) -> Any:

@@ -124,7 +124,9 @@ def test_compressed_decode_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> 
     speed, size = rows
     assert speed["unit"] == "tokens/s" and size["unit"] == "MB" and all(row["ours"] > 0 for row in rows)
     assert set(speed["theirs"]) == REQUIRED["compressed_decode"] and "decode" in speed["case"]
-    assert 1.3 < size["ratio"]["bf16"] < 1.5 and size["theirs"]["fp32"] == pytest.approx(2 * size["theirs"]["bf16"])
+    assert 1.3 < size["ratio"]["bf16"] < 1.5 and size["theirs"]["fp32"] == pytest.approx(
+        2 * size["theirs"]["bf16"], rel=1e-3
+    )
 
 
 def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,104 +1,113 @@
-"""Triton kernel of `zip_gemm`: fused decode + GEMM, and its plain BF16 twin.
+"""Triton kernels of `zip_gemm`: decode + product in tiles, and the sum of the splits.
 
 Contract: one kernel body serves both, PACKED or not, so the twin has the same tiles, the same order of K steps and the
 same `tl.dot`: outputs of both are bit-identical. Weights are the left operand of the dot (on Hopper only the left one
-may come from registers), so a program computes a tile [BR, BM] of y^T.
+may come from registers), so a program computes a tile [64, BM] of y^T; it carries nothing from step to step, so splits
+of the sum may begin anywhere. They are added in their order.
 
-A program walks its rows from column 0 on and carries, for each row, how many fallbacks it has met.
-
-Legend: R rows, C columns (the sum runs over them), M rows of the activations; BR, BC, BM their tile sizes.
+Legend: R rows, C columns (the sum runs over them), M rows of the activations; BM their tile size; S splits.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie_elastic.errors import ConfigError
-from ernie_elastic.kernels.tbe_decode.triton_impl import join_word, load_codes
+from ernie_elastic.kernels.lane_tiles.product import add_product, load_words
+from ernie_elastic.kernels.lane_tiles.reference import TILE
+from ernie_elastic.kernels.lane_tiles.triton_impl import arguments
 from ernie_elastic.kernels.triton_backend import interpreting
-from ernie_elastic.kernels.zip_gemm.reference import RowPlanes, check_x
 
 # Read when the kernels below are decorated: the interpreter keeps BF16 as raw bits, so its dots run in float32.
 INTERPRETED = interpreting()
+SUM_COLUMNS = 1024
 
 
-@triton.jit
-def load_packed(low, planes, fallbacks, met, index, inside, plane_bytes, base):
-    """Words (int32) of a tile of weights, and `met` (int64 per row) moved on by the row's fallbacks in it."""
-    code = load_codes(planes, index, plane_bytes, inside)
-    missing = inside & (code == 0)
-    rank = tl.cumsum(missing.to(tl.int32), 1)
-    stored = tl.load(fallbacks + met[:, None] + rank - 1, mask=missing, other=0).to(tl.int32)
-    exponent = tl.where(missing, stored, code + base)
-    word = join_word(tl.load(low + index, mask=inside, other=0).to(tl.int32), exponent)
-    return tl.where(inside, word, 0), met + tl.sum(missing.to(tl.int32), 1)
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernel cuts the work. batch: rows of x in a program; splits: of the sum over C; warps; stages (loads in
+    flight)."""
+
+    batch: int = 16
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
 
 
 @triton.jit
 def gemm_kernel(
-    x, weight, planes, fallbacks, row_offsets, y, rows, columns, batch, plane_bytes, base,
-    BR: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, PACKED: tl.constexpr, INTERP: tl.constexpr,
+    x, low, planes, tables, fallbacks, offsets, raw_index, raw_warps, raw, out, rows, columns, batch,
+    BM: tl.constexpr, SPLITS: tl.constexpr, PACKED: tl.constexpr, INTERP: tl.constexpr,
 ):  # fmt: skip
-    """y (float32 [M, R]) of one tile. weight: the `low` plane when PACKED, else BF16 words as int16 [R, C]."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    item = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
-    total = tl.zeros((BR, BM), dtype=tl.float32)
-    if PACKED:
-        met = tl.load(row_offsets + row, mask=row < rows, other=0)
-    for start in range(0, columns, BC):
-        column = start + tl.arange(0, BC)
-        inside = (row[:, None] < rows) & (column[None, :] < columns)
-        index = row[:, None] * columns + column[None, :]
-        if PACKED:
-            word, met = load_packed(weight, planes, fallbacks, met, index, inside, plane_bytes, base)
-        else:
-            word = tl.load(weight + index, mask=inside, other=0).to(tl.int32)
-        x_inside = (column[:, None] < columns) & (item[None, :] < batch)
-        x_tile = tl.load(x + item[None, :] * columns + column[:, None], mask=x_inside, other=0.0)
-        if INTERP:
-            w_tile = (word << 16).to(tl.float32, bitcast=True)
-            total = tl.dot(w_tile, x_tile.to(tl.float32), total, input_precision="ieee")
-        else:
-            w_tile = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
-            total = tl.dot(w_tile, x_tile, total)
-    tl.store(y + item[None, :] * rows + row[:, None], total, mask=(row[:, None] < rows) & (item[None, :] < batch))
-
-
-def tile_sizes(batch: int) -> dict[str, int]:
-    """Tile sizes for a batch of that many rows of x; the same for both twins. ours: small, clear and untuned."""
-    return {"BR": 64, "BC": 64, "BM": 16 if batch <= 16 else 64}
-
-
-def _launch(x_MC: Tensor, tensors: tuple[Tensor, ...], shape: tuple[int, int], base: int, packed: bool) -> Tensor:
-    """Run the kernel; tensors: weight, planes, fallbacks, row offsets."""
-    check_x(x_MC, shape[1])
-    x_MC = x_MC.contiguous()
-    rows, columns = shape
-    batch = x_MC.shape[0]
-    y_MR = torch.empty(batch, rows, dtype=torch.float32, device=x_MC.device)
-    sizes = tile_sizes(batch)
-    if batch:
-        gemm_kernel[(triton.cdiv(rows, sizes["BR"]), triton.cdiv(batch, sizes["BM"]))](
-            x_MC, *tensors, y_MR, rows, columns, batch, tensors[1].numel() // 3, base,
-            **sizes, PACKED=packed, INTERP=INTERPRETED,
+    """out float32 [S, M, R]: one tile of y of one split, which takes every SPLITS-th K step."""
+    row_tile = tl.program_id(0)
+    split = tl.program_id(2)
+    item = tl.program_id(1) * BM + tl.arange(0, BM)
+    total = tl.zeros((64, BM), dtype=tl.float32)
+    matrix = tl.program_id(0).to(tl.int64) * 0
+    for start in range(split * 64, columns, SPLITS * 64):
+        column = start + tl.arange(0, 64)
+        inside = (column[:, None] < columns) & (item[None, :] < batch)
+        x_tile = tl.load(x + item[None, :].to(tl.int64) * columns + column[:, None], mask=inside, other=0.0)
+        word = load_words(
+            low, planes, tables, fallbacks, offsets, raw_index, raw_warps, raw, matrix, row_tile, start, rows, columns,
+            PACKED, INTERP,
         )  # fmt: skip
+        total = add_product(word, x_tile, total, INTERP)
+    row = row_tile * 64 + tl.arange(0, 64)
+    place = out + (split * batch + item[None, :]).to(tl.int64) * rows + row[:, None]
+    tl.store(place, total, mask=(row[:, None] < rows) & (item[None, :] < batch))
+
+
+@triton.jit
+def sum_kernel(parts, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out float32 [count] = the splits float32 [S, count] added in their order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(parts + place, mask=place < count, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * count + place, mask=place < count, other=0.0)
+    tl.store(out + place, total, mask=place < count)
+
+
+def tile_choices(batch: int) -> list[Tiles]:
+    """The grid that is worth trying for that many rows of x; the same for both twins. ours: unmeasured."""
+    sizes = [16] if batch <= 16 else [32] if batch <= 32 else [32, 64]
+    return [Tiles(size, splits, 4, stages) for size in sizes for splits in (1, 4, 8) for stages in (2, 4)]
+
+
+def default_tiles(batch: int, rows: int, columns: int) -> Tiles:
+    """Tiles without measuring: splits until some hundred programs run, each with eight K steps at least. ours."""
+    size = 16 if batch <= 16 else 32 if batch <= 32 else 64
+    programs = triton.cdiv(rows, TILE) * triton.cdiv(batch, size)
+    splits = 1
+    while splits < 8 and programs * splits < 512 and triton.cdiv(columns, TILE) >= 16 * splits:
+        splits *= 2
+    return Tiles(size, splits)
+
+
+def run(x_MC: Tensor, weights: tuple[Tensor, ...], shape: tuple[int, ...], tiles: Tiles | None, packed: bool) -> Tensor:
+    """x BF16 [M, C] times the transpose of the packed or plain matrix of `shape` [R, C]: float32 [M, R]."""
+    (rows, columns), batch = shape, x_MC.shape[0]
+    y_MR = torch.empty(batch, rows, dtype=torch.float32, device=x_MC.device)
+    if not batch:
+        return y_MR
+    tiles = tiles or default_tiles(batch, rows, columns)
+    parts = y_MR if tiles.splits == 1 else y_MR.new_empty(tiles.splits, batch, rows)
+    options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    gemm_kernel[(triton.cdiv(rows, TILE), triton.cdiv(batch, tiles.batch), tiles.splits)](
+        x_MC.contiguous(), *weights, parts, rows, columns, batch,
+        BM=tiles.batch, SPLITS=tiles.splits, PACKED=packed, INTERP=INTERPRETED, **options,
+    )  # fmt: skip
+    if tiles.splits > 1:
+        sum_kernel[(triton.cdiv(y_MR.numel(), SUM_COLUMNS),)](
+            parts, y_MR, y_MR.numel(), SPLITS=tiles.splits, BLOCK=SUM_COLUMNS
+        )
     return y_MR
 
 
-def matmul(x_MC: Tensor, packed: RowPlanes) -> Tensor:
-    """x BF16 [M, C] times the transpose of the packed matrix: float32 [M, R], decoded on the fly."""
-    planes = packed.planes
-    tensors = (planes.low, planes.planes, planes.fallbacks, packed.row_offsets)
-    return _launch(x_MC, tensors, packed.shape, planes.base, packed=True)
-
-
-def matmul_plain(x_MC: Tensor, weight_RC: Tensor) -> Tensor:
-    """The twin: x BF16 [M, C] times the transpose of plain BF16 [R, C]: float32 [M, R], same order of sums."""
-    if weight_RC.dtype != torch.bfloat16 or weight_RC.ndim != 2:
-        raise ConfigError(f"zip_gemm: weight is {weight_RC.dtype} {tuple(weight_RC.shape)}, expected bfloat16 [R, C]")
-    words_RC = weight_RC.contiguous().view(torch.int16)
-    shape = (weight_RC.shape[0], weight_RC.shape[1])
-    return _launch(x_MC, (words_RC, words_RC, words_RC, words_RC), shape, 0, packed=False)
+__all__ = ["INTERPRETED", "Tiles", "arguments", "default_tiles", "run", "tile_choices"]

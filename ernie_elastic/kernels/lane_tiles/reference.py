@@ -1,0 +1,209 @@
+"""Stacks of BF16 matrices packed for tensor cores: tiles of 64 x 64 whose bytes lie where a lane's registers need them.
+
+Contract: `unpack(pack(w))` has the bits of `w`; a kernel can begin at any tile of any matrix. A tile belongs to 128
+lanes (4 warps); lane 32 * w + 4 * g + t holds 32 weights, in the order h, j, b1, b0:
+
+    row 16 * w + 8 * h + g, column 16 * j + 8 * b1 + 2 * t + b0      (the left fragments of m16n8k16 products)
+
+Weight n of a lane (0..31) is byte n % 4 of its word n / 4, and bit 4 * (n % 8) + n / 8 of each of its planes, so that a
+plane shifted by n / 8 has the bits of eight weights in its nibbles: selectors of a byte permutation that looks the
+exponents up. Arrays, T tiles in all, row tiles before column tiles, D matrices:
+
+    low        i32 [T, 2, 128, 4]      sign and mantissa bytes: words 4 * h .. 4 * h + 3 of the lanes
+    planes     i32 [T, 3, 128]         bits 0, 1, 2 of the 3-bit codes; code 0 is a fallback
+    tables     i32 [D, 2]              exponents of the codes 0..7 of a matrix, a byte each; 0 for code 0
+    fallbacks  i32 [F]                 exponents of the fallbacks, a byte each, by tile, lane, n; padded at both ends
+    offsets    i32 [T * 4]             fallbacks before each warp of each tile
+    raw_index  i32 [T]                 row of the tile in raw_warps, or -1
+    raw_warps  i32 [X, 4]              for a tile with raw warps: the place of each warp in raw, or -1
+    raw        i32 [Y, 2, 2, 32, 4]    warps with a lane of more than 7 fallbacks: pairs of words by h, b1, lane, j
+
+A raw warp is rare in trained weights; its codes are all 7. Rows and columns are padded to whole tiles with a value
+that is no fallback.
+
+Legend: D matrices, R rows, C columns, T tiles, G chosen matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ernie_elastic.errors import ConfigError, FormatError
+
+TILE, LANES, WARPS = 64, 128, 4
+WINDOW = 7
+MAX_FALLBACKS_OF_A_LANE = 7  # what two registers hold beside the zero of "no fallback"
+BYTES_BEFORE, BYTES_BEHIND = 4, 12
+# Dimensions of a tile as rows (w, h, g) and columns (j, b1, t, b0), and the order in which lanes hold them.
+SPLIT = (4, 2, 8, 4, 2, 4, 2)
+TO_LANES = (0, 1, 3, 6, 2, 4, 5, 7)
+FROM_LANES = (0, 1, 4, 2, 5, 6, 3, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStack:
+    """BF16 matrices of shape [D, R, C], as in the module docstring, all arrays on one device."""
+
+    shape: tuple[int, int, int]
+    low: Tensor
+    planes: Tensor
+    tables: Tensor
+    fallbacks: Tensor
+    offsets: Tensor
+    raw_index: Tensor
+    raw_warps: Tensor
+    raw: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The arrays by name: low [T, 2, 128, 4] and so on, as the module docstring has them."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "shape"}
+
+    @property
+    def tiles_of_a_matrix(self) -> int:
+        """Tiles that a matrix is padded to."""
+        return tiles(self.shape[1]) * tiles(self.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> PackedStack:
+        """The same matrices with all arrays on `device`; every shape stays the same."""
+        return PackedStack(self.shape, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def clone(self) -> PackedStack:
+        """A copy in memory of its own; every shape stays the same."""
+        return PackedStack(self.shape, **{name: tensor.clone() for name, tensor in self.tensors.items()})
+
+
+def tiles(size: int) -> int:
+    """Tiles that `size` rows or columns are padded to."""
+    return -(-size // TILE)
+
+
+def pack(weight_DRC: Tensor) -> PackedStack:
+    """BF16 [D, R, C] -> PackedStack on the same device, one window of maximal coverage a matrix.
+
+    ConfigError for other inputs. ours: reason: one lane's 32 weights need no byte of another lane.
+    """
+    if weight_DRC.ndim != 3 or weight_DRC.dtype != torch.bfloat16 or not weight_DRC.numel():
+        found = f"{weight_DRC.dtype} {tuple(weight_DRC.shape)}"
+        raise ConfigError(f"packed stack: weights are {found}, expected bfloat16 [D, R, C]")
+    parts = [_pack_matrix(weight_RC) for weight_RC in weight_DRC.detach()]
+    low, planes, tables, fallbacks, per_warp, is_raw, raw = (list(part) for part in zip(*parts, strict=True))
+    count = torch.cat(per_warp)
+    offsets = count.cumsum(0) - count
+    total = sum(part.numel() for part in fallbacks)
+    if total >= 2**31 - BYTES_BEHIND:
+        raise ConfigError(f"packed stack: {total} fallbacks, at most 2**31; pack fewer matrices together")
+    before, behind = (total_of.new_zeros(size) for total_of, size in
+                      ((fallbacks[0], BYTES_BEFORE), (fallbacks[0], BYTES_BEHIND + -total % 4)))  # fmt: skip
+    raw_TW = torch.cat(is_raw)
+    raw_T = raw_TW.any(1)
+    place_TW = torch.where(raw_TW, raw_TW.flatten().cumsum(0).view_as(raw_TW) - 1, -1)
+    return PackedStack(
+        (weight_DRC.shape[0], weight_DRC.shape[1], weight_DRC.shape[2]),
+        low=torch.cat(low),
+        planes=torch.cat(planes),
+        tables=torch.stack(tables),
+        fallbacks=torch.cat((before, *fallbacks, behind)).view(torch.int32),
+        offsets=offsets.to(torch.int32),
+        raw_index=torch.where(raw_T, raw_T.cumsum(0) - 1, -1).to(torch.int32),
+        raw_warps=place_TW[raw_T].to(torch.int32),
+        raw=torch.cat(raw),
+    )
+
+
+def _pack_matrix(weight_RC: Tensor) -> tuple[Tensor, ...]:
+    """low, planes, table, fallbacks (bytes), fallbacks of each warp, raw tiles' flags and words of one matrix."""
+    rows, columns = weight_RC.shape
+    word_RC = weight_RC.contiguous().view(torch.int16).int() & 0xFFFF
+    histogram = torch.bincount((word_RC >> 7 & 0xFF).flatten(), minlength=256).cumsum(0)
+    cumulative = torch.cat((histogram.new_zeros(1), histogram))
+    base = int((cumulative[WINDOW:] - cumulative[:-WINDOW]).argmax()) - 1
+    pads = (0, -columns % TILE, 0, -rows % TILE)
+    padded = torch.nn.functional.pad(word_RC, pads, value=base + 1 << 7)
+    word_TL = to_lanes(padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(0, 1))
+    exponent = word_TL >> 7 & 0xFF
+    code = exponent - base
+    code = torch.where((code >= 1) & (code <= WINDOW), code, 0)
+    is_raw_TW = ((code == 0).sum(2) > MAX_FALLBACKS_OF_A_LANE).view(-1, WARPS, 32).any(2)
+    code = torch.where(is_raw_TW.repeat_interleave(32, 1)[:, :, None], WINDOW, code)
+    place = bit_of_weight(word_TL.device)
+    planes = torch.stack([((code >> k & 1) << place).sum(2, dtype=torch.int32) for k in range(3)], 1)
+    byte = (word_TL >> 8 & 0x80 | word_TL & 0x7F).to(torch.uint8)
+    low = byte.view(-1, LANES, 2, 16).transpose(1, 2).contiguous().view(torch.int32)
+    table = torch.tensor([0, *(base + c for c in range(1, 8))], dtype=torch.uint8, device=word_TL.device)
+    raw = word_TL.view(-1, WARPS, 32, 32)[is_raw_TW].to(torch.int16)
+    raw = raw.view(-1, 32, 2, 4, 2, 2).permute(0, 2, 4, 1, 3, 5).contiguous().view(torch.int32).squeeze(5)
+    missing = code == 0
+    per_warp = missing.view(-1, LANES // WARPS * 32).sum(1)
+    return low, planes, table.view(torch.int32), exponent[missing].to(torch.uint8), per_warp, is_raw_TW, raw
+
+
+def bit_of_weight(device: torch.device) -> Tensor:
+    """Where weight n of a lane has its bit in a plane: int32 [32]."""
+    n = torch.arange(32, dtype=torch.int32, device=device)
+    return 4 * (n % 8) + n // 8
+
+
+def to_lanes(tiles_TRC: Tensor) -> Tensor:
+    """[T, 64, 64] -> [T, 128, 32]: a tile in the order of its lanes."""
+    return tiles_TRC.reshape(-1, *SPLIT).permute(TO_LANES).reshape(-1, LANES, 32)
+
+
+def from_lanes(lanes_TL: Tensor) -> Tensor:
+    """[T, 128, 32] -> [T, 64, 64]."""
+    in_lanes = [(1, *SPLIT)[k] for k in TO_LANES[1:]]
+    return lanes_TL.reshape(-1, *in_lanes).permute(FROM_LANES).reshape(-1, TILE, TILE)
+
+
+def check_chosen(packed: PackedStack, matrices: Sequence[int] | None) -> list[int]:
+    """The listed matrices of [D, R, C] (default: all). IndexError for a number that is not there."""
+    chosen = list(range(packed.shape[0]) if matrices is None else matrices)
+    for matrix in chosen:
+        if not 0 <= matrix < packed.shape[0]:
+            raise IndexError(f"matrix {matrix} of a stack of {packed.shape[0]}")
+    return chosen
+
+
+def unpack(packed: PackedStack, matrices: Sequence[int]) -> Tensor:
+    """BF16 [G, R, C] of the listed matrices, bit-exact."""
+    if not len(matrices):
+        return packed.low.new_empty(0, *packed.shape[1:], dtype=torch.bfloat16)
+    return torch.stack([_unpack_matrix(packed, matrix) for matrix in matrices])
+
+
+def _unpack_matrix(packed: PackedStack, matrix: int) -> Tensor:
+    """BF16 [R, C] of one matrix."""
+    _, rows, columns = packed.shape
+    count = packed.tiles_of_a_matrix
+    here = slice(matrix * count, (matrix + 1) * count)
+    low = packed.low[here].view(torch.uint8).view(count, 2, LANES, 16).transpose(1, 2).reshape(count, LANES, 32).int()
+    place = bit_of_weight(low.device)
+    bits = [packed.planes[here, k, :, None] >> place & 1 for k in range(3)]
+    code = bits[0] | bits[1] << 1 | bits[2] << 2
+    exponent = packed.tables[matrix].view(torch.uint8).int()[code]
+    missing = code == 0
+    first = int(packed.offsets[WARPS * here.start]) + BYTES_BEFORE
+    stored = packed.fallbacks.view(torch.uint8)[first : first + int(missing.sum())]
+    if stored.numel() != int(missing.sum()):
+        found = f"needs {int(missing.sum())} fallbacks, {stored.numel()} are there"
+        raise FormatError(f"packed stack: matrix {matrix} {found}; it is damaged")
+    exponent[missing] = stored.int()
+    word = (low & 0x80) << 8 | exponent << 7 | low & 0x7F
+    index = packed.raw_index[here].long()
+    place_XW = packed.raw_warps[index[index >= 0]].long()
+    raw = packed.raw.view(torch.int16).view(-1, 2, 2, 32, 4, 2)[place_XW[place_XW >= 0]]
+    patched = word[index >= 0].view(-1, WARPS, 32, 32)
+    patched[place_XW >= 0] = raw.permute(0, 3, 1, 4, 2, 5).reshape(-1, 32, 32).int() & 0xFFFF
+    word[index >= 0] = patched.view(-1, LANES, 32)
+    tile_rows = from_lanes(word).view(tiles(rows), tiles(columns), TILE, TILE).transpose(1, 2)
+    whole = tile_rows.reshape(tiles(rows) * TILE, tiles(columns) * TILE)[:rows, :columns]
+    return torch.where(whole > 0x7FFF, whole - 0x10000, whole).to(torch.int16).view(torch.bfloat16)

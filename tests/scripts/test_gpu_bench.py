@@ -1,0 +1,98 @@
+"""The GPU benchmarks on the CPU: interpreted kernels and a clock of the test's own stand in for the GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ernie_elastic.errors import ConfigError
+from tests.support import ROOT
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"
+)
+SMALL = {"QUICK_SHAPES": ((3, 64, 64),), "QUICK_TOKENS": (1, 4), "TOP_K": 2, "ROUTES": 2}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports modules of scripts/bench by name. The GPU's clock is replaced: a call takes a second, when tuning two."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    gpu = importlib.import_module("bench.gpu")
+
+    def seconds(variants: dict[str, Callable[[int], Any]], turns: int, repeats: int = 0) -> dict[str, float]:
+        for call in variants.values():
+            call(turns - 1)
+        return dict.fromkeys(variants, 2.0 if repeats else 1.0)
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "seconds_per_call", seconds)
+    monkeypatch.setattr(gpu, "require_gpu", lambda name: None)
+    monkeypatch.setattr(gpu, "copies", lambda size: 2)
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@interpreted
+def test_zip_moe_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    zip_moe = bench("zip_moe")
+    for name, value in SMALL.items():
+        monkeypatch.setattr(zip_moe, name, value)
+    size, *layers, mean = zip_moe.run(True)
+    assert size.theirs == {"bf16": 16.0} and 11 < size.ours < 12
+    assert [row.case.split(" (")[0] for row in layers] == ["3 experts, 1 tokens", "3 experts, 4 tokens"]
+    for row in layers:
+        assert set(row.theirs) == set(zip_moe.PEERS) - {"bf16"} and set(row.ratio.values()) == {1.0}
+    assert layers[0].case.endswith("(2 routed)") and layers[0].ours == pytest.approx(2 * 3 * 64 * 64 * 2 / 1e9)
+    assert mean.case == "3 experts: geometric mean of 2"
+    assert mean.ours == pytest.approx((layers[0].ours * layers[1].ours) ** 0.5)
+
+
+@interpreted
+def test_wrong_experts_are_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    zip_moe = bench("zip_moe")
+    for name, value in SMALL.items():
+        monkeypatch.setattr(zip_moe, name, value)
+    layer = zip_moe.make_layer(3, 64, 64)
+    plain = zip_moe.zip_moe.experts_plain
+    monkeypatch.setattr(zip_moe.zip_moe, "experts_plain", lambda *rest: -plain(*rest))
+    with pytest.raises(RuntimeError, match="against its twin: the bits differ; nothing is measured"):
+        zip_moe.layer_row(layer, 1)
+    monkeypatch.setattr(zip_moe.zip_moe, "experts_fused", lambda *rest: -plain(*rest[:1], *wrong, *rest[2:]))
+    wrong = (layer.gate_up_E2IH, layer.down_EHI)
+    with pytest.raises(RuntimeError, match=r"zip_moe, ours: relative error 2\.\d+e\+00"):
+        zip_moe.layer_row(layer, 1)
+
+
+def test_without_a_gpu_both_end_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("zip_gemm", "zip_moe"):
+        module = importlib.import_module(f"bench.{name}")
+        with pytest.raises(ConfigError, match=f"{name} needs a CUDA device and torch sees none; run it on"):
+            module.run(True)
+        assert module.PEERS and all(task.seconds >= 0 for task in module.tasks(False))
+
+
+def test_tuning_takes_the_fastest_and_leaves_out_what_cannot_launch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    gpu = importlib.import_module("bench.gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "seconds_per_call", lambda variants, turns, repeats: {"ours": variants["ours"](0)})
+
+    def large(k: int) -> float:
+        raise RuntimeError("out of resource: shared memory")
+
+    assert gpu.fastest({"slow": lambda k: 3.0, "large": large, "fast": lambda k: 1.0}, 1) == "fast"
+    assert "tuning: large is left out: out of resource" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no candidate"):
+        gpu.fastest({"large": large}, 1)
+    assert sys.modules["bench.gpu"] is gpu
