@@ -93,11 +93,11 @@ def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[s
         table = json.loads(text)
         metadata = table.pop("__metadata__", {}) or {}
         entries = [
-            Entry(name, item["dtype"], tuple(int(d) for d in item["shape"]), *(int(x) for x in item["data_offsets"]))
+            Entry(name, item["dtype"], tuple(map(_whole, item["shape"])), *map(_whole, item["data_offsets"]))
             for name, item in table.items()
         ]
         bits = [BITS[entry.dtype] * math.prod(entry.shape) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: its safetensors header is unreadable ({error}); the file is damaged") from error
     for entry, count in zip(entries, bits, strict=True):
         if min((*entry.shape, 0)) < 0 or 8 * (entry.end - entry.begin) != count:
@@ -114,6 +114,13 @@ def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[s
     if data_size is not None and at != data_size:
         raise FormatError(f"{where}: its tensors take {at} bytes, the file holds {data_size}; it is damaged")
     return metadata, entries
+
+
+def _whole(number: Any) -> int:
+    """A JSON number that is whole as written; 1.0, 1e999 and true are not."""
+    if type(number) is not int:
+        raise ValueError(f"{number!r} is no whole number")
+    return number
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from ernie_elastic.compression import codec
 from ernie_elastic.compression.bits import best_windows, exponents, join_words, low_bytes
 from ernie_elastic.compression.format import LAYOUTS
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels import tbe_codec
+from tests.conftest import is_full
 
 ALL_PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
 SHAPES = [
@@ -113,6 +114,30 @@ def test_random_words_survive(values: list[int], layout: str, columns: int) -> N
     encoded = codec.encode(tensor, "n.w", layout)
     assert same_bits(codec.decode(encoded.stream, name="n.w"), tensor)
     assert np.array_equal(codec.encode(tensor, "n.w", layout).stream, encoded.stream)
+
+
+def some_tensor(shape: tuple[int, ...], spread: float, share: float, seed: int) -> torch.Tensor:
+    """BF16 weights of a log-normal scale, a share of whose words are replaced by any word at all."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (
+        torch.randn(shape, generator=generator) * torch.exp2(spread * torch.randn((), generator=generator))
+    ).bfloat16()
+    other = torch.randint(0, 65536, shape, generator=generator, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    return torch.where(torch.rand(shape, generator=generator) < share, other, values)
+
+
+def test_round_trips_by_the_thousand(request: pytest.FixtureRequest) -> None:
+    shapes = st.lists(st.integers(0, 70), max_size=3).map(tuple) | st.tuples(st.integers(1, 9000))
+
+    @settings(max_examples=10_000 if is_full(request.config) else 100, deadline=None, derandomize=True, database=None)
+    @given(
+        shapes, st.sampled_from(list(LAYOUTS)), st.floats(0, 60), st.sampled_from([0.0, 0.01, 0.3, 1.0]), st.integers(0)
+    )
+    def check(shape: tuple[int, ...], layout: str, spread: float, share: float, seed: int) -> None:
+        tensor = some_tensor(shape, spread, share, seed % 2**63)
+        assert same_bits(codec.decode(codec.encode(tensor, "w", layout).stream, name="w"), tensor)
+
+    check()
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9000))

@@ -64,6 +64,9 @@ def header(**entries: object) -> bytes:
         header(a={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
                b={"dtype": "U8", "shape": [3], "data_offsets": [2, 5]}),
         header(w={"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}),
+        header(w={"dtype": "U8", "shape": [5.0], "data_offsets": [0, 5]}),
+        b'{"w":{"dtype":"U8","shape":[5],"data_offsets":[0,1e999]}}',
+        b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
 )  # fmt: skip
 def test_headers_that_do_not_fill_the_data_are_refused(text: bytes) -> None:
