@@ -23,6 +23,17 @@ RUN = ROOT / "scripts" / "bench" / "run.py"
 REQUIRED = {
     "codec": {"bound", "payload", "memory", "tca_tbe", "entropy_coded", "zipnn", "zstd", "safetensors", "fsync"},
     "compressed_decode": {"bf16", "fp32"},
+    "symbol_codes": {
+        "frequent_7",
+        "window_15",
+        "pairs_6",
+        "triples_8",
+        "triples_9",
+        "two_levels",
+        "row_windows",
+        "entropy",
+        "pair_entropy",
+    },
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32", "memory_read", "reference"},
 }
@@ -113,6 +124,19 @@ def test_codec_that_loses_bits_is_not_timed(bench: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(codec.codec, "decode", lambda stream: torch.zeros(8, 8, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="ours does not give back the bits of tiny"):
         codec.measure("tiny", torch.randn(8, 8).bfloat16(), 1)
+
+
+def test_symbol_codes_of_known_weights(bench: Any) -> None:
+    sizes = bench("symbol_codes").sizes
+    # Two exponents in turn: one bit of entropy each, none for a pair of them; every code holds all of them.
+    found = sizes(torch.tensor([1.0, 2.0] * 96).reshape(4, 48).bfloat16())
+    assert found["entropy"] == 9 and found["pair_entropy"] == 8 and found["ours"] == 11 and found["two_levels"] == 10
+    assert found["triples_8"] == pytest.approx(8 + 8 / 3) and found["row_windows"] == pytest.approx(11 + 8 / 48)
+    # Every exponent once: 7, 15, 3 and 10 of 256 are held.
+    every = (torch.arange(256, dtype=torch.int32) << 7).to(torch.uint16).view(torch.bfloat16).reshape(1, 256)
+    found = sizes(every)
+    assert found["entropy"] == 16 and found["ours"] == found["frequent_7"] == 11 + 8 * 249 / 256
+    assert found["window_15"] == 12 + 8 * 241 / 256 and found["two_levels"] == 10 + 3 * 253 / 256 + 8 * 246 / 256
 
 
 def test_compressed_decode_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
