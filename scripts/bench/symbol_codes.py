@@ -1,12 +1,12 @@
 """Bits a weight of other symbol codes for the exponents: can one beat 3-bit windows at the same decode cost?
 
-`ours` is the code of the formats: 3 bits for 7 consecutive exponents, 8 more for a fallback. The others, each with what
-it needs beside the codes (8 bits for every exponent that is stored apart): `frequent_7` the 7 most frequent exponents by
-table; `window_15` 4 bits for 15 consecutive ones; `pairs_6` 6 bits for the 63 most frequent pairs of neighbours, both
-stored apart else; `triples_8` and `triples_9` 8 or 9 bits for the 255 or 511 most frequent triples; `two_levels` 2 bits
-for the 3 most frequent, then 3 more for the next 7; `row_windows` a window for each row; `entropy` the bound of one
-symbol at a time, `pair_entropy` of two. Offsets of tiles are left out: all need them alike. Tensors are those of the
-benchmark `codec`; `--weights DIR` measures a directory in their place.
+`ours` is the code of the formats: 3 bits for 7 consecutive exponents, 8 more for a fallback. The others, each with
+what it needs beside the codes (8 bits for every exponent that is stored apart): `frequent_7` the 7 most frequent
+exponents, by table; `window_15` 4 bits for 15 consecutive ones; `pairs_6` 6 bits for the 63 most frequent pairs of
+neighbours, both stored apart else; `triples_8` and `triples_9` 8 or 9 bits for the 255 or 511 most frequent triples;
+`two_levels` 2 bits for the 3 most frequent, then 3 more for the next 7; `row_windows` a window for each row;
+`entropy` the bound of one symbol at a time, `pair_entropy` of two. Offsets of tiles are left out: all need them
+alike. Tensors are those of the benchmark `codec`; `--weights DIR` measures a directory in their place.
 
 Legend: R rows, C columns, N weights.
 """

@@ -73,6 +73,7 @@ EXECUTED: tuple[str, ...] = (
     "python scripts/demo_seeds.py runs/demo runs/demo-1 runs/demo-2",
     "python scripts/bench/run.py --list",
     "python scripts/bench/run.py codec --quick --json codec.json",
+    "python scripts/kernel_instructions.py --kernel zip_gemm_b16 --arch 90",
 )
 
 
