@@ -98,7 +98,7 @@ class TbeHfQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         for keys, parts in choose(model, self._checkpoint, self._resolution, skip):
-            packed = PackedTensor(tuple(model.get_parameter(keys[0]).shape))
+            packed = PackedTensor.standing_for(keys[0], tuple(model.get_parameter(keys[0]).shape))
             for key in keys:
                 path, _, attribute = key.rpartition(".")
                 parent, _, name = path.rpartition(".")
@@ -158,7 +158,7 @@ def pack_dense(model: nn.Module, dtype: torch.dtype) -> int:
         for attribute, parameter in list(module._parameters.items()):
             if parameter is None or parameter.numel() < MIN_WEIGHTS or not packable(module, attribute):
                 continue
-            packed = made.get(id(parameter)) or _packed_if_smaller(parameter, dtype)
+            packed = made.get(id(parameter)) or _packed_if_smaller(attribute, parameter, dtype)
             if packed is not None:
                 made[id(parameter)] = packed
                 parent, _, name = path.rpartition(".")
@@ -167,13 +167,13 @@ def pack_dense(model: nn.Module, dtype: torch.dtype) -> int:
     return done
 
 
-def _packed_if_smaller(parameter: nn.Parameter, dtype: torch.dtype) -> PackedTensor | None:
+def _packed_if_smaller(attribute: str, parameter: nn.Parameter, dtype: torch.dtype) -> PackedTensor | None:
     brief = parameter.detach().to(torch.bfloat16)
     if not torch.equal(brief.to(parameter.dtype).view(torch.uint8), parameter.detach().contiguous().view(torch.uint8)):
         return None
-    packed = PackedTensor(tuple(parameter.shape))
+    packed = PackedTensor.standing_for(attribute, tuple(parameter.shape))
     packed.fill(brief, dtype, parameter.device)
-    return packed if packed.matrix.nbytes < 2 * parameter.numel() else None
+    return packed if packed.resident.nbytes < 2 * parameter.numel() else None
 
 
 def register() -> None:

@@ -49,6 +49,24 @@ def test_every_matrix_comes_back(shape: tuple[int, int, int], device: torch.devi
         assert found is out and same_bits(out.cpu(), weight_DRC[chosen])
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 200, 70)], ids=str)
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_are_looked_up(shape: tuple[int, int, int], on: str) -> None:
+    for make in MAKERS:
+        weight_RC = make(*shape)[0]
+        packed = lane_tiles.pack(weight_RC[None]).to(on)
+        row_N = torch.cat((torch.randint(shape[1], (90,)), torch.arange(shape[1])))
+        assert same_bits(lane_tiles.unpack_rows(packed, row_N.to(on)).cpu(), weight_RC[row_N])
+    assert lane_tiles.unpack_rows(packed, row_N[:0].to(on)).shape == (0, shape[2])
+
+
+def test_a_row_that_is_not_there_is_named() -> None:
+    packed = lane_tiles.pack(gaussian(1, 70, 64))
+    for row in (-1, 70):
+        with pytest.raises(IndexError, match=f"rows {row} to {row} of a matrix of 70"):
+            lane_tiles.unpack_rows(packed, torch.tensor([row]))
+
+
 @pytest.mark.interpreter
 def test_all_patterns(all_patterns: Tensor, device: torch.device) -> None:
     mixed = all_patterns[torch.randperm(65536, generator=torch.Generator().manual_seed(0))]

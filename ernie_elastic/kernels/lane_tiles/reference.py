@@ -38,6 +38,7 @@ TILE, LANES, WARPS = 64, 128, 4
 WINDOW = 7
 MAX_FALLBACKS_OF_A_LANE = 7  # what two registers hold beside the zero of "no fallback"
 BYTES_BEFORE, BYTES_BEHIND = 4, 12
+ROWS_AT_ONCE = 64  # of a look-up: each weight costs a few hundred bytes of temporaries
 # Dimensions of a tile as rows (w, h, g) and columns (j, b1, t, b0), and the order in which lanes hold them.
 SPLIT = (4, 2, 8, 4, 2, 4, 2)
 TO_LANES = (0, 1, 3, 6, 2, 4, 5, 7)
@@ -207,3 +208,50 @@ def _unpack_matrix(packed: PackedStack, matrix: int) -> Tensor:
     tile_rows = from_lanes(word).view(tiles(rows), tiles(columns), TILE, TILE).transpose(1, 2)
     whole = tile_rows.reshape(tiles(rows) * TILE, tiles(columns) * TILE)[:rows, :columns]
     return torch.where(whole > 0x7FFF, whole - 0x10000, whole).to(torch.int16).view(torch.bfloat16)
+
+
+def unpack_rows(packed: PackedStack, rows_N: Tensor) -> Tensor:
+    """Rows int64 [N] of the first matrix [R, C], repeats allowed: BF16 [N, C], bit-exact. Nothing waits for a GPU.
+
+    IndexError on the CPU for a row that is not there. ours: reason: a row of a tile is half of each of four lanes.
+    """
+    rows, columns = packed.shape[1:]
+    if not rows_N.is_cuda and rows_N.numel() and not 0 <= int(rows_N.min()) <= int(rows_N.max()) < rows:
+        raise IndexError(f"rows {int(rows_N.min())} to {int(rows_N.max())} of a matrix of {rows}")
+    if not rows_N.numel():
+        return packed.low.new_empty(0, columns, dtype=torch.bfloat16)
+    return torch.cat([_unpack_rows(packed, part_N) for part_N in rows_N.split(ROWS_AT_ONCE)])
+
+
+def _unpack_rows(packed: PackedStack, rows_N: Tensor) -> Tensor:
+    """`unpack_rows` of few rows. Letters: N rows, K column tiles, L = 4 lanes of the row, W = 16 weights of each."""
+    columns, here = packed.shape[2], rows_N % TILE
+    warp, half, group = here // 16, here % 16 // 8, here % 8
+    device = rows_N.device
+    tile_NK = (rows_N // TILE)[:, None] * tiles(columns) + torch.arange(tiles(columns), device=device)
+    planes = packed.planes.view(-1, 3, WARPS, 32)[tile_NK, :, warp[:, None]]  # [N, K, 3, 32], the whole warp
+    bits = planes[..., None] >> bit_of_weight(device) & 1
+    code = bits[:, :, 0] | bits[:, :, 1] << 1 | bits[:, :, 2] << 2  # [N, K, 32, 32]
+    missing = (code == 0).flatten(2)
+    before = missing.cumsum(2).view_as(code) - 1
+    lane = 4 * group[:, None, None] + torch.arange(4, device=device)  # [N, 1, L]
+    weight = 16 * half[:, None, None, None] + torch.arange(16, device=device)  # [N, 1, 1, W]
+    n, k = torch.arange(len(rows_N), device=device)[:, None, None], torch.arange(tiles(columns), device=device)[:, None]
+    mine = (n[..., None], k[..., None], lane[..., None], weight)
+    code, place = code[mine], before[mine]  # [N, K, L, W]
+    first_NK = packed.offsets.view(-1, WARPS)[tile_NK, warp[:, None]].long() + BYTES_BEFORE
+    stored = packed.fallbacks.view(torch.uint8)
+    place = torch.where(code == 0, first_NK[..., None, None] + place, 0)
+    exponent = torch.where(code == 0, stored[place], packed.tables[0].view(torch.uint8)[code.long()]).int()
+    low_words = packed.low.view(-1, 2, WARPS, 32, 4)[tile_NK[..., None], half[:, None, None], warp[:, None, None], lane]
+    low = low_words.contiguous().view(torch.uint8).view(code.shape).int()
+    word = (low & 0x80) << 8 | exponent << 7 | low & 0x7F
+    if packed.raw.numel():
+        index_NK = packed.raw_index[tile_NK].long()
+        place_NK = packed.raw_warps[index_NK.clamp(min=0), warp[:, None]].long().where(index_NK >= 0, -1)
+        pairs = packed.raw[place_NK.clamp(min=0)[..., None], half[:, None, None], :, lane]  # [N, K, L, 2, 4]
+        raw = pairs.transpose(3, 4).contiguous().view(torch.int16).view(code.shape).int() & 0xFFFF
+        word = torch.where((place_NK >= 0)[..., None, None], raw, word)
+    # From lanes t and weights (j, b1, b0) to columns 16 * j + 8 * b1 + 2 * t + b0.
+    word = word.view(*word.shape[:2], 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(len(rows_N), -1)[:, :columns]
+    return torch.where(word > 0x7FFF, word - 0x10000, word).to(torch.int16).view(torch.bfloat16)
