@@ -119,7 +119,7 @@ def run_tests(found: Found, device: str, quick: bool, seconds: float) -> None:
     last = (text.strip().splitlines() or [""])[-1].strip("= ")
     found.tests = f"stopped after {seconds:.0f} s" if code is None else last
     if code is None:
-        found.skip(f"kernel tests: stopped after {seconds:.0f} s; the last line was {last!r}")
+        found.fail(f"kernel tests: stopped after {seconds:.0f} s; the last line was {last!r}")
     elif code:
         print(text[-6000:], file=sys.stderr)
         names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)

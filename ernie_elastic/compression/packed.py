@@ -1,8 +1,9 @@
 """Run-time modules whose weights stay compressed in memory: linear layers, embeddings and stacks of experts.
 
 Contract: a packed module gives the bits that the dense one gives (kernel "decode": decode, then the same product), and
-no dense copy of its weight outlives its forward. kernel "fused" decodes inside the product: another summation order,
-so it is never chosen unless asked for. The modules know nothing of files; `quantizer.py` fills them.
+no dense copy of its weight outlives its forward unless a gradient is wanted. kernel "fused" decodes inside the product:
+another summation order, so it is never chosen unless asked for. The modules know nothing of files; `quantizer.py`
+fills them.
 
 Legend: E experts, R rows (outputs), C columns (inputs), M rows of the activations, N looked-up rows.
 """
@@ -44,8 +45,10 @@ class PackedTensor(nn.Module):
         self._is_hf_initialized = True  # an initialiser has nothing to do here
         self._layout = layout_for(torch.device("cpu"))
         self._resident: Resident | None = None
-        # Holds the compute dtype: module-wide casts reach buffers, and an empty one costs nothing.
-        self.register_buffer("compute", torch.empty(0), persistent=False)
+        self._low: torch.Tensor | None = None
+        # Holds the compute dtype: module-wide casts reach buffers. It has one element, by which the quantizer tells the
+        # size of a weight that is not read yet.
+        self.register_buffer("compute", torch.zeros(()), persistent=False)
 
     @classmethod
     def standing_for(cls, key: str, shape: tuple[int, ...]) -> PackedTensor:
@@ -88,7 +91,7 @@ class PackedTensor(nn.Module):
             delattr(self, f"{BUFFER_PREFIX}{name}")
         for name, tensor in packed.tensors.items():
             self.register_buffer(f"{BUFFER_PREFIX}{name}", tensor)
-        self.compute = torch.empty(0, dtype=dtype, device=device)
+        self.compute = torch.zeros((), dtype=dtype, device=device)
         self._resident = None
 
     def _arrays(self) -> dict[str, torch.Tensor]:
@@ -97,11 +100,13 @@ class PackedTensor(nn.Module):
     @property
     def resident(self) -> Resident:
         """The packed weight [R, C] or [E, R, C] over the buffers of this module. FormatError before `fill`."""
-        if self._resident is None:
+        low = self._buffers.get(f"{BUFFER_PREFIX}low")
+        # Buffers may be replaced behind this module's back, by hooks that move them or by load_state_dict(assign=True).
+        if self._resident is None or low is not self._low:
             arrays = self._arrays()
             if not arrays:
                 raise FormatError(f"packed weight {self.stack_shape} was never filled; load it with from_pretrained")
-            self._resident = self._layout.of(self.stack_shape, self.parts, arrays)
+            self._resident, self._low = self._layout.of(self.stack_shape, self.parts, arrays), low
         return self._resident
 
     def decode(self, expert: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -119,9 +124,10 @@ class PackedTensor(nn.Module):
 
     def product(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """x [..., C] times the transposed weight (of one expert): [..., R] in x's dtype, by this weight's kernel."""
-        if self.kernel == "decode":
+        # The fused products are not differentiable: where x wants its gradient, the weight is decoded.
+        if self.kernel == "decode" or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.decode(expert, x.dtype))
-        return (self._resident or self.resident).product(x, expert)
+        return self.resident.product(x, expert)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
@@ -151,12 +157,17 @@ class PackedTensor(nn.Module):
         return func(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedTensor:
-        before = layout_for(self.device)
+        before, left = layout_for(self.device), self.device
         self._resident = None  # its arrays may move
         super()._apply(fn, recurse)
-        if layout_for(self.device) is not before and self._arrays():
+        real = "meta" not in (left.type, self.device.type)
+        if real and layout_for(self.device) is not before and self._arrays():
             self.fill(self.decode(dtype=torch.bfloat16), self.dtype, self.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._resident = None  # arrays that were written in place are checked anew before anything reads them
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -254,11 +265,12 @@ def packed_experts_forward(
     """The experts back end of a packed model: only routed experts are decoded, one at a time, in increasing order.
 
     hidden_states [M, C], top_k_index int64 [M, K], top_k_weights [M, K] -> [M, C]. kernel "decode" runs the class's own
-    loop on decoded experts, so its bits are those of the dense loop. "fused" needs gate half first, no biases and no
-    transposed weights; raises ConfigError otherwise.
+    loop on decoded experts, so its bits are those of the dense loop; so does a call that wants gradients. "fused" needs
+    gate half first, no biases and no transposed weights; raises ConfigError otherwise.
     """
     weights = [child for child in module.children() if isinstance(child, PackedTensor)]
-    if all(weight.kernel == "decode" for weight in weights):
+    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    if wanted or all(weight.kernel == "decode" for weight in weights):
         return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights, *rest)
     check_fusable(module)
     if len(weights) == 2 and _is_plain_swiglu(module):

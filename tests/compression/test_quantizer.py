@@ -298,5 +298,33 @@ def test_the_longest_prefix_of_a_device_map_places_a_weight() -> None:
     assert quantizer._device_of("lm_head.weight") == "cpu"
     quantizer._device_map = None
     assert quantizer._device_of("lm_head.weight") == "cpu"
-    with pytest.raises(ConfigError, match="disk"):
-        quantizer.validate_environment(device_map={"": "disk"})
+    for places in ({"": "disk"}, {"model": 0, "lm_head": "disk"}, {"model": torch.device("cuda", 1), "lm_head": "cpu"}):
+        with pytest.raises(ConfigError, match="device_map places weights on"):
+            quantizer.validate_environment(device_map=places)
+    assert quantizer._device_map is None
+    quantizer.validate_environment(device_map="auto")
+    quantizer.validate_environment(device_map={"model": 0, "lm_head": 1})  # as Transformers resolved it
+    assert quantizer._device_of("lm_head.weight") == 1
+
+
+@pytest.mark.parametrize("places", ["auto", "balanced", "cpu", {"": "cpu"}])
+def test_device_maps_of_transformers(pairs: Pairs, places: str | dict[str, str]) -> None:
+    pytest.importorskip("accelerate")
+    pair = pairs("qwen3_moe")
+    assert torch.equal(logits(pair.packed(device_map=places)), logits(pair.dense()))
+
+
+def test_packed_weights_have_their_size_before_they_are_read(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that "auto" maps place them: an empty weight would fit anywhere."""
+    from transformers.integrations.accelerate import compute_module_sizes
+
+    sizes: list[float] = []
+    real = TbeHfQuantizer._process_model_before_weight_loading
+
+    def measured(self: TbeHfQuantizer, model: torch.nn.Module, **kwargs: object) -> None:
+        real(self, model, **kwargs)
+        sizes.append(compute_module_sizes(model, self)[0][""])
+
+    monkeypatch.setattr(TbeHfQuantizer, "_process_model_before_weight_loading", measured)
+    packed = pairs("qwen3_moe").packed(torch.bfloat16)
+    assert sizes[0] == pytest.approx(resident_weight_bytes(packed), rel=0.03)

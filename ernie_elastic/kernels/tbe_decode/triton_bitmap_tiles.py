@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ernie_elastic.kernels.tbe_decode.bitmap_tiles import SIDE, WEIGHTS, BitmapTiles
 from ernie_elastic.kernels.tbe_decode.triton_impl import join_word, load_codes
+from ernie_elastic.kernels.triton_backend import launches_kernels
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def bitmap_tiles_kernel(
     tl.store(out + place, word.to(tl.int16), mask=(row < rows) & (column < columns))
 
 
+@launches_kernels
 def decode(tiles: BitmapTiles) -> Tensor:
     """BF16 [E, R, C], bit-exact, on the device of the tiles (CUDA, or CPU when TRITON_INTERPRET was set at import)."""
     matrices, rows, columns = tiles.shape
