@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import DataError
+from ernie_elastic.stages import write_atomic
 
 KINDS = ("text", "image", "video", "audio")
 ROLES = ("input", "target")
@@ -26,6 +27,11 @@ ROWS_FILE = "rows.safetensors"
 
 def write_shard(path: Path, documents: list[list[Tokens]], sound_features: bool = False) -> None:
     """Write tokenised documents as one shard; sound_features: with the features of sounds."""
+    write_atomic(path, shard_bytes(documents, sound_features))
+
+
+def shard_bytes(documents: list[list[Tokens]], sound_features: bool = False) -> bytes:
+    """The file of one shard; the same documents are the same bytes."""
     speakers: list[tuple[int, np.ndarray]] = []
     parts: dict[str, list[np.ndarray]] = {
         "ids": [],
@@ -55,7 +61,7 @@ def write_shard(path: Path, documents: list[list[Tokens]], sound_features: bool 
         tensors["speakers"] = np.stack([vector for _, vector in speakers]).astype(np.float32)
         tensors["speaker_segments"] = np.asarray([row for row, _ in speakers], dtype=np.int64)
     tensors["segments"] = np.asarray(index, dtype=np.int64).reshape(-1, 5)
-    save_file(tensors, path)
+    return save(tensors)
 
 
 def _sound_features(segment: Tokens) -> np.ndarray:
@@ -76,7 +82,7 @@ def write_rows(path: Path, rows: list[list[int]]) -> None:
     """Write which documents share a row."""
     offsets = np.cumsum([0, *(len(row) for row in rows)]).astype(np.int64)
     flat = np.asarray([document for row in rows for document in row], dtype=np.int64)
-    save_file({"documents": flat, "offsets": offsets}, path)
+    write_atomic(path, save({"documents": flat, "offsets": offsets}))
 
 
 class PackedCorpus:

@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 class TarSource(Source):
-    """Tars of one directory, in the order of their names; records in the order in which they begin."""
+    """Tars, in the order of their names; records in the order in which they begin."""
 
     def __init__(
         self, path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sample_rate: int | None
@@ -118,7 +118,7 @@ class TarSource(Source):
 
     def identity(self) -> str:
         """Of the names, sizes and times of the tars."""
-        folder = self.files[0].parent
+        folder = self.path if self.path.is_dir() else self.path.parent
         return files_identity(folder, [file.relative_to(folder) for file in self.files])
 
     def _row(self, number: int, member: Member, name: str) -> dict[str, Any]:

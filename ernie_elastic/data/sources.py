@@ -210,6 +210,10 @@ def _dataset(path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sa
     return DatasetSource(path, files, kinds, sample_rate)
 
 
+def _tar_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix.lower() == TAR_SUFFIX and file.name[0] != ".")
+
+
 def _tars(path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sample_rate: int | None) -> Source:
     from ernie_elastic.data.source_tars import TarSource
 
@@ -241,7 +245,7 @@ def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int
     files = _dataset_files(path, path.iterdir())
     if files:
         return _dataset(path, files, kinds, sample_rate)
-    tars = sorted(file for file in path.iterdir() if file.suffix.lower() == TAR_SUFFIX and file.name[0] != ".")
+    tars = _tar_files(path.iterdir())
     if tars:
         return _tars(path, tars, kinds, sample_rate)
     source = FolderSource(path, kinds, sample_rate)
@@ -250,6 +254,9 @@ def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int
         files = _dataset_files(path, path.rglob("*"))
         if files:
             return _dataset(path, files, kinds, sample_rate)
+        tars = _tar_files(path.rglob("*"))
+        if tars:
+            return _tars(path, tars, kinds, sample_rate)
         known = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise ConfigError(f"--data {path} holds no {' or '.join(kinds)}: no file ends in {known}")
     return source
