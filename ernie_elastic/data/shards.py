@@ -10,12 +10,14 @@ Rows are listed in `rows.safetensors`: `documents` int64 (numbers over all shard
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from ernie_elastic.data.order import rows_of_step
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import DataError
 from ernie_elastic.stages import write_atomic
@@ -112,6 +114,17 @@ class PackedCorpus:
     def num_rows(self) -> int:
         """Rows in the whole directory."""
         return len(self.offsets) - 1
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the whole directory."""
+        return int(self.first[-1])
+
+    def rows_of_step(
+        self, seed: int, step: int, rows_per_step: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, int]]:
+        """(row, draw number) that `rank` reads at optimizer step `step`, as `order.rows_of_step` gives them."""
+        return rows_of_step(seed, step, rows_per_step, self.num_rows, rank, world_size)
 
     def row(self, index: int) -> list[int]:
         """Document numbers of one row."""

@@ -46,7 +46,7 @@ def run_pretrain(preset: str, run: RunConfig) -> Path:
         _wait_for(marker)
     try:
         return pretrain(
-            run.run_dir, run.model.to_config, run.training, run.elastic, run.tokenizers_path, run.packed_path, preset
+            run.run_dir, run.model.to_config, run.training, run.elastic, run.tokenizers_path, run.mixture(), preset
         )
     finally:
         if is_main_process():
@@ -59,7 +59,7 @@ def make_inputs(run: RunConfig) -> None:
         path = run.tokenizers_path / kind
         if not is_done(path, f"train-tokenizer-{kind}", run.tokenizers.resolved(kind)):
             train_tokenizer(kind, path, run.tokenizers)
-    if not is_done(run.packed_path, PACKED_STAGE, run.prepare):
+    if not run.data.sources and not is_done(run.packed_path, PACKED_STAGE, run.prepare):
         layout = layout_of(run.model.to_config(Tokenizers.load(run.tokenizers_path)))
         prepare_data(run.tokenizers_path, run.packed_path, run.prepare, layout)
 
