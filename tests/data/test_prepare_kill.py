@@ -115,6 +115,19 @@ def test_workers_end_with_a_killed_parent_and_their_shards_are_the_same(
     assert files_of(out) == whole[0]
 
 
+def test_a_worker_ends_with_its_parent_in_the_middle_of_a_job(runs: Runs) -> None:
+    process = subprocess.Popen(runs.command("endless", 2, -1), env=runs.environment(), stderr=subprocess.DEVNULL)
+    _until(lambda: all((runs.root / f"endless-{number}").exists() for number in range(2)))
+    children = _descendants(process.pid)
+    process.kill()
+    process.wait()
+    try:
+        _until(lambda: not any(_runs(child) for child in children), 20)
+    finally:
+        for child in filter(_runs, children):
+            os.kill(child, signal.SIGKILL)
+
+
 def _until(condition: object, seconds: float = 60.0) -> None:
     limit = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
