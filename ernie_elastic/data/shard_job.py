@@ -28,7 +28,7 @@ from ernie_elastic.errors import DataError
 from ernie_elastic.schema import Sample, Segment
 from ernie_elastic.stages import sha256_file, write_atomic, write_json
 
-CHUNK_BYTES = 128 << 20  # of media that are held and tokenised at once
+CHUNK_BYTES, CHUNK_RECORDS = 128 << 20, 256  # of media that are held and tokenised at once
 # Why records are rejected, as the report counts them.
 UNREADABLE, REFUSED, TOO_LONG = "cannot be read", "the tokenizers cannot read it", "too long for a row"
 Reject = tuple[str, str]  # why, and the line that names the record
@@ -129,7 +129,7 @@ class ShardMaker:
             if sample is not None:
                 samples.append(sample)
                 held += sum(_bytes(segment) for segment in sample.segments)
-            if held >= CHUNK_BYTES:
+            if held >= CHUNK_BYTES or len(samples) == CHUNK_RECORDS:
                 yield samples, number + 1 - first
                 samples, held, first = [], 0, number + 1
         yield samples, job.stop - first
