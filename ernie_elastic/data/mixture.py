@@ -143,7 +143,7 @@ def open_packed(config: MixtureConfig, steps: int, tokenizers: str, layout: Layo
     """(corpus, its row length, the manifests) of the sources: a PackedCorpus for one, a PackedMixture for several.
 
     tokenizers: `tokenizers_hash` of the run's. Raises CheckpointError for a directory that was packed with other
-    tokenizers or for a model whose documents have other lengths, ConfigError without sources.
+    tokenizers or for a model whose documents have other lengths, ConfigError without sources or with rows of two lengths.
     """
     if not config.sources:
         raise ConfigError("data: no packed directory is named; pass --data.sources DIR WEIGHT")
@@ -158,8 +158,15 @@ def open_packed(config: MixtureConfig, steps: int, tokenizers: str, layout: Layo
                     "data with the tokenizers and for the model (--preset) of this run"
                 )
         manifests.append(manifest)
+    lengths = [int(manifest.config["row_length"]) for manifest in manifests]
+    for (directory, _), length in zip(config.sources, lengths, strict=True):
+        if length != lengths[0]:
+            raise ConfigError(
+                f"data: {config.sources[0][0]} has rows of {lengths[0]} positions and {directory} of {length}; shorter "
+                "ones would be padded: prepare all with one --row-length"
+            )
+    row_length = lengths[0]
     corpora = [PackedCorpus(directory) for directory, _ in config.sources]
-    row_length = max(int(manifest.config["row_length"]) for manifest in manifests)
     if len(corpora) == 1:
         return corpora[0], row_length, manifests
     return PackedMixture(corpora, config.stages(steps)), row_length, manifests

@@ -87,7 +87,7 @@ def test_config_errors_name_what_is_wrong() -> None:
 
 def test_a_loader_reads_several_directories_that_fit_the_run(tmp_path: Path) -> None:
     layout = save_tiny_tokenizers(tmp_path / "tokenizers")
-    for name, task, length in (("a", "text", 192), ("b", "text_to_image", 160)):
+    for name, task, length in (("a", "text", 192), ("b", "text_to_image", 192), ("short", "text_to_image", 160)):
         config = PrepareConfig(
             num_records=30, row_length=length, num_workers=1, task_weights={task: 1.0}, world=WorldConfig(48, 48)
         )
@@ -107,6 +107,8 @@ def test_a_loader_reads_several_directories_that_fit_the_run(tmp_path: Path) -> 
     assert pictures == [False, False, True, True]
     again = PackedLoader(corpus, layout, 4, row_length, seed=3, rank=1, world_size=2).step(3)[0]
     assert torch.equal(again.text_ids_BT, loader.step(3)[0].text_ids_BT[2:])
+    with pytest.raises(ConfigError, match=r"rows of 192 positions and .*short of 160; .* one --row-length"):
+        open_packed(MixtureConfig(((tmp_path / "a", 1.0), (tmp_path / "short", 1.0))), 4, identity, layout)
     with pytest.raises(CheckpointError, match=r"a was packed for tokenizers .{12}, this run has other"):
         open_packed(mixture, 4, "other", layout)
     save_tiny_tokenizers(tmp_path / "tokenizers", seed=1)
