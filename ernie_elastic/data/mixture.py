@@ -143,7 +143,8 @@ def open_packed(config: MixtureConfig, steps: int, tokenizers: str, layout: Layo
     """(corpus, its row length, the manifests) of the sources: a PackedCorpus for one, a PackedMixture for several.
 
     tokenizers: `tokenizers_hash` of the run's. Raises CheckpointError for a directory that was packed with other
-    tokenizers or for a model whose documents have other lengths, ConfigError without sources or with rows of two lengths.
+    tokenizers or for a model whose documents have other lengths, ConfigError without sources or with rows of two
+    lengths.
     """
     if not config.sources:
         raise ConfigError("data: no packed directory is named; pass --data.sources DIR WEIGHT")

@@ -7,7 +7,9 @@ the manifest).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ from ernie_elastic.stages import progress, say, write_atomic, write_json
 STAGE = "prepare-data"
 KINDS: tuple[SegmentKind, ...] = ("text", "image", "video", "audio")
 REPORT_FILE, REJECTS_FILE = "report.json", "rejects.txt"
+MAX_SHARDS = 100_000  # their names have five digits, and are read in the order of names
 # Of a config: they change no byte of a shard, so that another value of them goes on with the same ones.
 UNDECISIVE = ("num_workers", "max_reject_share")
 
@@ -166,34 +169,44 @@ def _maker(tokenizers_dir: Path, config: PrepareConfig, layout: Layout) -> Shard
 def _make_shards(maker: ShardMaker, partial: PartialOutput, config: PrepareConfig, out: Path) -> list[Note]:
     """The notes of all shards, in their order, those made that an earlier run has not."""
     total, size = len(maker.source), config.records_per_shard
+    if -(-total // size) > MAX_SHARDS:
+        raise ConfigError(
+            f"prepare-data: {total} records in shards of {size} are more than {MAX_SHARDS} shards; raise "
+            "--records-per-shard"
+        )
     jobs = []
     for number, start in enumerate(range(0, total, size)):
         name = f"shard-{number:05d}"
         path, note = partial.target / f"{name}.safetensors", partial.notes / f"{name}.json"
         jobs.append(Job(path, note, start, min(start + size, total)))
-    waiting = [job for job in jobs if not (job.note.exists() and job.path.exists())]
-    found = {job: Note.read(job.note) for job in jobs if job not in waiting}
-    _check_rejects(found, total, config, out)
+    found = {job: Note.read(job.note) for job in jobs if job.note.exists() and job.path.exists()}
+    waiting = [job for job in jobs if job not in found]
+    rejected = sum(len(note.rejects) for note in found.values())
     done = total - sum(job.stop - job.start for job in waiting)
-    with progress(total=total, desc="prepare-data", unit="rec", initial=done) as bar:
-        for job in run_jobs(maker, waiting, config.num_workers, bar.update):
-            found[job] = Note.read(job.note)
-            _check_rejects(found, total, config, out)
+    with (
+        progress(total=total, desc="prepare-data", unit="rec", initial=done) as bar,
+        contextlib.closing(run_jobs(maker, waiting, config.num_workers, bar.update)) as finished,
+    ):
+        for job in itertools.chain([None], finished):
+            if job is not None:
+                found[job] = Note.read(job.note)
+                rejected += len(found[job].rejects)
+            if rejected > config.max_reject_share * total:
+                raise _too_many([found[job] for job in jobs if job in found], total, config, out)
     partial.hashes.update({job.path.name: note.sha256 for job, note in found.items()})
     return [found[job] for job in jobs]
 
 
-def _check_rejects(found: dict[Job, Note], total: int, config: PrepareConfig, out: Path) -> None:
-    """Stop as soon as more records are rejected than the limit allows of all."""
-    rejects = [line for job in sorted(found, key=lambda job: job.start) for _, line in found[job].rejects]
-    if len(rejects) > config.max_reject_share * total:
-        path = _rejects_beside(out)
-        write_atomic(path, "".join(f"{line}\n" for line in rejects))
-        raise DataError(
-            f"prepare-data: {len(rejects)} of {total} records cannot be used, more than the limit of "
-            f"{config.max_reject_share:.0%}; {path} names them, the first one: {rejects[0]}; repair them, or raise "
-            "--max-reject-share: what is done is kept"
-        )
+def _too_many(notes: Sequence[Note], total: int, config: PrepareConfig, out: Path) -> DataError:
+    """The error of a run that stops for its rejects, which a file beside the output then names."""
+    rejects = [line for note in notes for _, line in note.rejects]
+    path = _rejects_beside(out)
+    write_atomic(path, "".join(f"{line}\n" for line in rejects))
+    return DataError(
+        f"prepare-data: {len(rejects)} of {total} records cannot be used, more than the limit of "
+        f"{config.max_reject_share:.0%}; {path} names them, the first one: {rejects[0]}; repair them, or raise "
+        "--max-reject-share: what is done is kept"
+    )
 
 
 def _rejects_beside(out: Path) -> Path:

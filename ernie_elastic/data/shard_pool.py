@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -28,10 +28,11 @@ class WorkerError(ErnieElasticError, RuntimeError):
     """A worker that ended by itself, such as one that ran out of memory."""
 
 
-def run_jobs(maker: ShardMaker, jobs: Sequence[Job], num_workers: int, done: Progress) -> Iterator[Job]:
+def run_jobs(maker: ShardMaker, jobs: Sequence[Job], num_workers: int, done: Progress) -> Generator[Job, None, None]:
     """Carry out the jobs, in this process or in num_workers others; yields each when it is finished, in any order.
 
-    done is told of every few records. Raises what a job raises, WorkerError when a worker dies.
+    done is told of every few records. Closing the generator ends the workers. Raises what a job raises, WorkerError
+    when a worker dies.
     """
     if num_workers <= 1 or len(jobs) <= 1:
         tokenizers = maker.load() if jobs else None
@@ -56,11 +57,16 @@ def run_jobs(maker: ShardMaker, jobs: Sequence[Job], num_workers: int, done: Pro
             connection.close()
 
 
-def _hand_out(workers: dict[Connection, Any], waiting: deque[Job], done: Progress) -> Iterator[Job]:
+def _hand_out(workers: dict[Connection, Any], waiting: deque[Job], done: Progress) -> Generator[Job, None, None]:
     busy: dict[Connection, Job] = {}
-    for connection in workers:
+
+    def hand(connection: Connection) -> None:
         busy[connection] = waiting.popleft()
-        connection.send(busy[connection])
+        with contextlib.suppress(OSError):  # it has died, which the next reading says
+            connection.send(busy[connection])
+
+    for connection in workers:
+        hand(connection)
     while busy:
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
@@ -81,8 +87,7 @@ def _hand_out(workers: dict[Connection, Any], waiting: deque[Job], done: Progres
             else:
                 finished = busy.pop(ready)
                 if waiting:
-                    busy[ready] = waiting.popleft()
-                    ready.send(busy[ready])
+                    hand(ready)
                 yield finished
 
 
