@@ -93,13 +93,19 @@ class Subset(Source):
 class FolderSource(Source):
     """The files of a directory and the directories in it, in the order of their names; hidden ones are left out."""
 
-    def __init__(self, directory: Path, kinds: Sequence[SegmentKind], sample_rate: int | None) -> None:
-        """kinds: of the files that count. A GIF or APNG is a video where videos are wanted, else a picture."""
+    def __init__(
+        self, directory: Path, kinds: Sequence[SegmentKind], sample_rate: int | None, only: Path | None = None
+    ) -> None:
+        """kinds: of the files that count. only: the one file that does.
+
+        A GIF or APNG is a video where videos are wanted, else a picture.
+        """
         self.directory, self.sample_rate = directory, sample_rate
         suffixes = {suffix: kind for kind in kinds for suffix in SUFFIXES[kind]}
         if "image" in kinds and "video" not in kinds:
             suffixes |= {".gif": "image", ".apng": "image"}
-        found = [path for path in directory.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+        paths = directory.rglob("*") if only is None else [only]
+        found = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
         relative = [path.relative_to(directory) for path in found]
         shown = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
         self.files = [(path, suffixes[path.suffix.lower()]) for path in sorted(shown)]
@@ -235,6 +241,8 @@ def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int
     if path.is_file():
         if path.suffix.lower() == TAR_SUFFIX:
             return _tars(path, [path], kinds, sample_rate)
+        if path.suffix.lower() in [suffix for kind in kinds for suffix in SUFFIXES[kind]]:
+            return FolderSource(path.parent, kinds, sample_rate, only=path)
         if path.suffix.lower() not in DATASET_SUFFIXES:
             raise ConfigError(
                 f"--data {path}: a file must end in {', '.join((*DATASET_SUFFIXES, TAR_SUFFIX))}; or give its directory"

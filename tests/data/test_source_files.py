@@ -159,6 +159,15 @@ def test_several_files_and_splits(tmp_path: Path) -> None:
     assert found.key(2) == "plain, row 2"
 
 
+def test_one_file_is_one_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    source = open_source(tmp_path / "b.txt", ("text",))
+    assert [source.key(0), source[0].segments[0].text, len(source)] == ["b.txt", "b", 1]
+    with pytest.raises(ConfigError, match=r"b\.txt: a file must end in"):
+        open_source(tmp_path / "b.txt", ("image",))
+
+
 def test_identities_follow_the_files(tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", {"text": "a"})
     (tmp_path / "texts").mkdir()
