@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ernie_elastic.data.augmentation import Augmentation, Flips
+from ernie_elastic.data.mixture import MixtureConfig
 from ernie_elastic.data.prepare import PrepareConfig
 from ernie_elastic.data.world_facts import WorldConfig
 from ernie_elastic.elastic.space import ElasticConfig
@@ -23,12 +24,14 @@ from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
 class RunConfig:
     """Everything that a run needs, from the tokenizers to the last step.
 
-    run_dir: where the run lives; tokenizers and packed data default to folders inside it. seed is in each part.
+    run_dir: where the run lives; tokenizers and packed data default to folders inside it. data: several packed
+    directories with weights, in place of packed_dir. seed is in each part.
     """
 
     run_dir: Path = Path("runs/custom")
     tokenizers_dir: Path | None = None
     packed_dir: Path | None = None
+    data: MixtureConfig = field(default_factory=MixtureConfig)
     model: ModelSizes = field(default_factory=ModelSizes)
     tokenizers: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -44,6 +47,10 @@ class RunConfig:
     def packed_path(self) -> Path:
         """Directory of the packed shards."""
         return self.packed_dir or self.run_dir / "packed"
+
+    def mixture(self) -> MixtureConfig:
+        """What is trained on: `data`, or the one packed directory."""
+        return self.data if self.data.sources else MixtureConfig(((self.packed_path, 1.0),))
 
 
 # What a run of minutes does without: each of these costs steps, and its gain shows on longer runs only.

@@ -51,11 +51,13 @@ def resumable_output(
     parent: Path | None = None,
     overwrite: bool = False,
     extra: dict[str, Any] | None = None,
+    decisive: Any = None,
 ) -> Iterator[PartialOutput]:
     """Yield the partial output of `path`, empty or as an earlier run left it; it gets its name and manifest at the end.
 
     config, parent, overwrite, extra: as `stage_output` takes them. inputs (JSON-able): what the work is made of, such
-    as names, sizes and times of files; an earlier run with other inputs or config is dropped. Raises CheckpointError
+    as names, sizes and times of files; an earlier run with other inputs or config is dropped; decisive: the part of the
+    config that an earlier run must share, when it is not all of it. Raises CheckpointError
     when `path` exists and `overwrite` is False, when another process is at work on it, or when the disk is full.
     """
     path = Path(path)
@@ -63,7 +65,7 @@ def resumable_output(
     check_free(path, overwrite)
     partial = PartialOutput(path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.progress"))
     extra = {} if extra is None else extra
-    settings = {"stage": stage, "config": config, "inputs": inputs}
+    settings = {"stage": stage, "config": config if decisive is None else decisive, "inputs": inputs}
     try:
         with _locked(partial.notes, path):
             check_free(path, overwrite)  # another process may have made it in the meantime

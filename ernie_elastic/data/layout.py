@@ -93,18 +93,19 @@ class Document:
 
 def document_length(parts: Sequence[Tokens], layout: Layout) -> int:
     """Positions of the document that `build_document` makes of `parts`, without making it."""
-    total = 1
-    for part in parts:
-        size = len(part)
-        if part.kind == "text":
-            total += size
-        elif part.kind == "audio":
-            total += size + 2 + _has_speaker(part, layout)
-        elif part.role == "input":
-            total += layout.understanding_length(size) + 2
-        else:
-            total += size * layout.frame_length() + 2
-    return total
+    return 1 + sum(part_length(part, layout) for part in parts)
+
+
+def part_length(part: Tokens, layout: Layout) -> int:
+    """Positions that a segment adds to its document, its markers counted."""
+    size = len(part)
+    if part.kind == "text":
+        return size
+    if part.kind == "audio":
+        return size + 2 + _has_speaker(part, layout)
+    if part.role == "input":
+        return layout.understanding_length(size) + 2
+    return size * layout.frame_length() + 2
 
 
 def _has_speaker(part: Tokens, layout: Layout) -> bool:

@@ -11,7 +11,7 @@ import torch
 from ernie_elastic.data.augmentation import Augmentation
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.layout import Layout
-from ernie_elastic.data.order import rows_of_step
+from ernie_elastic.data.mixture import PackedMixture
 from ernie_elastic.data.packing import collate
 from ernie_elastic.data.shards import PackedCorpus
 from ernie_elastic.schema import PackedBatch
@@ -24,7 +24,7 @@ class PackedLoader:
     active_bits: visual bits in use at a step, None = all (paper: section 2.2, from few bits to many while training).
     """
 
-    corpus: PackedCorpus
+    corpus: PackedCorpus | PackedMixture
     layout: Layout
     rows_per_step: int
     row_length: int
@@ -40,7 +40,7 @@ class PackedLoader:
         rows, augmentation = [], self.augmentation
         if augmentation is not None:
             augmentation = replace(augmentation, active_bits=self.active_bits(step))
-        draws = rows_of_step(self.seed, step, self.rows_per_step, self.corpus.num_rows, self.rank, self.world_size)
+        draws = self.corpus.rows_of_step(self.seed, step, self.rows_per_step, self.rank, self.world_size)
         for row, draw in draws:
             generator = torch.Generator().manual_seed((self.seed << 32) + draw)
             rows.append(

@@ -46,12 +46,17 @@ def rows_of_step(
 
     The union over ranks does not depend on the world size. Raises ConfigError when rows_per_step does not divide.
     """
+    for draw in draws_of_step(step, rows_per_step, rank, world_size):
+        epoch, index = divmod(draw, num_rows)
+        yield shuffled_index(seed, epoch, index, num_rows), draw
+
+
+def draws_of_step(step: int, rows_per_step: int, rank: int = 0, world_size: int = 1) -> range:
+    """The draw numbers of `rank` at a step, counted since the start. Raises ConfigError as `rows_of_step` does."""
     if rows_per_step % world_size:
         raise ConfigError(
             f"rows_per_step {rows_per_step} is no multiple of the {world_size} ranks; change --training.rows-per-step"
         )
     share = rows_per_step // world_size
     start = step * rows_per_step + rank * share
-    for draw in range(start, start + share):
-        epoch, index = divmod(draw, num_rows)
-        yield shuffled_index(seed, epoch, index, num_rows), draw
+    return range(start, start + share)

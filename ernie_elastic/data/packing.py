@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,28 +13,64 @@ from ernie_elastic.errors import DataError
 from ernie_elastic.schema import PAD_TASK, MediaInput, PackedBatch
 
 
-def pack_lengths(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def pack_lengths(
+    lengths: Sequence[int], row_length: int, frames: Sequence[int] | None = None, row_frames: int = 0
+) -> list[list[int]]:
     """Best-fit-decreasing: rows of document indices whose lengths add up to at most `row_length`.
 
-    Raises DataError for a document longer than a row.
+    frames: read frames of each document; those of a row add up to at most row_frames (0: any number). The fullest row
+    that takes a document gets it, the first of equal ones; so rows are the same everywhere. Raises DataError for a
+    document longer than a row, or with more frames than it may have.
     """
+    frames = frames if frames is not None and row_frames else [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), kept sorted
+    # One set of shelves for each number of frames that a row may still read.
+    shelves = [_Shelves() for _ in range(row_frames + 1)]
     for index in order:
-        if lengths[index] > row_length:
+        length, needed = lengths[index], frames[index]
+        if length > row_length:
+            raise DataError(f"document {index} has {length} positions, a row has {row_length}; raise --row-length")
+        if needed > row_frames:
             raise DataError(
-                f"document {index} has {lengths[index]} positions, a row has {row_length}; raise --row-length"
+                f"document {index} has {needed} frames to read, a row takes {row_frames}; raise --row-frames"
             )
-        slot = bisect.bisect_left(free, (lengths[index], -1))
-        if slot == len(free):
-            rows.append([index])
-            bisect.insort(free, (row_length - lengths[index], len(rows) - 1))
+        found = [(*place, left) for left in range(needed, row_frames + 1) if (place := shelves[left].fullest(length))]
+        if found:
+            room, row, left = min(found)
+            shelves[left].remove(room)
         else:
-            room, row = free.pop(slot)
-            rows[row].append(index)
-            bisect.insort(free, (room - lengths[index], row))
+            room, row, left = row_length, len(rows), row_frames
+            rows.append([])
+        rows[row].append(index)
+        shelves[left - needed].put(room - length, row)
     return rows
+
+
+class _Shelves:
+    """Rows by the room that is left in them; finding the fullest takes no longer with more rows."""
+
+    def __init__(self) -> None:
+        self.heaps: dict[int, list[int]] = {}
+        self.filled = 0  # bit r: some row has room r
+
+    def put(self, room: int, row: int) -> None:
+        heapq.heappush(self.heaps.setdefault(room, []), row)
+        self.filled |= 1 << room
+
+    def fullest(self, length: int) -> tuple[int, int] | None:
+        """(room, row) of the fullest row with room for `length`, the first of equal ones."""
+        rest = self.filled >> length << length
+        if not rest:
+            return None
+        room = (rest & -rest).bit_length() - 1
+        return room, self.heaps[room][0]
+
+    def remove(self, room: int) -> None:
+        """Take the first row with exactly this room off its shelf."""
+        heapq.heappop(self.heaps[room])
+        if not self.heaps[room]:
+            self.filled &= ~(1 << room)
 
 
 def packing_efficiency(lengths: Sequence[int], rows: Sequence[Sequence[int]], row_length: int) -> float:

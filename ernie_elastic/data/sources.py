@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from pathlib import Path
 from ernie_elastic.data.decoding import read_audio, read_image, read_video
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.schema import Sample, Segment, SegmentKind, SegmentRole
+from ernie_elastic.stages import say
 
-TASK = "data"  # of a sample that no checker knows
+# Tasks of samples that no checker knows.
+TASK = "data"  # files, and columns of a row, which have no roles
+MESSAGES_TASK = "messages"  # documents, whose parts have their roles and order
 SUFFIXES: dict[SegmentKind, tuple[str, ...]] = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"),
     "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".ogv", ".apng", ".gif"),
@@ -27,8 +31,13 @@ SUFFIXES: dict[SegmentKind, tuple[str, ...]] = {
     "text": (".txt", ".md", ".rst"),
 }
 DATASET_SUFFIXES = (".parquet", ".jsonl", ".csv")
+TAR_SUFFIX = ".tar"
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 SPLIT_BITS = 64
+SPLIT_NAMES = {
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}  # fmt: skip
 
 
 class Source(ABC):
@@ -44,6 +53,11 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """The record. Raises DataError, which names it, when it cannot be read."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex hash that changes when records come, go or move, or when one of the source's own files is written anew;
+        files that a dataset's rows name are not looked at."""
 
     def split(self, share: float, held_out: bool) -> Subset:
         """The records whose names' hash falls into the last `share`, or (held_out False) all others.
@@ -71,17 +85,27 @@ class Subset(Source):
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.indices[index]]
 
+    def identity(self) -> str:
+        """Of the whole source and of the choice."""
+        return hashlib.sha256(f"{self.source.identity()} {self.indices}".encode()).hexdigest()
+
 
 class FolderSource(Source):
     """The files of a directory and the directories in it, in the order of their names; hidden ones are left out."""
 
-    def __init__(self, directory: Path, kinds: Sequence[SegmentKind], sample_rate: int | None) -> None:
-        """kinds: of the files that count. A GIF or APNG is a video where videos are wanted, else a picture."""
+    def __init__(
+        self, directory: Path, kinds: Sequence[SegmentKind], sample_rate: int | None, only: Path | None = None
+    ) -> None:
+        """kinds: of the files that count. only: the one file that does.
+
+        A GIF or APNG is a video where videos are wanted, else a picture.
+        """
         self.directory, self.sample_rate = directory, sample_rate
         suffixes = {suffix: kind for kind in kinds for suffix in SUFFIXES[kind]}
         if "image" in kinds and "video" not in kinds:
             suffixes |= {".gif": "image", ".apng": "image"}
-        found = [path for path in directory.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+        paths = directory.rglob("*") if only is None else [only]
+        found = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
         relative = [path.relative_to(directory) for path in found]
         shown = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
         self.files = [(path, suffixes[path.suffix.lower()]) for path in sorted(shown)]
@@ -96,6 +120,10 @@ class FolderSource(Source):
     def __getitem__(self, index: int) -> Sample:
         (path, kind), name = self.files[index], self.key(index)
         return Sample(name, TASK, (read_segment(kind, self.directory / path, name, self.sample_rate),))
+
+    def identity(self) -> str:
+        """Of the names, sizes and times of the files."""
+        return files_identity(self.directory, [path for path, _ in self.files])
 
 
 def read_segment(
@@ -119,6 +147,18 @@ def read_segment(
     return Segment("audio", role, array=read_audio(content, sample_rate, name))
 
 
+def files_identity(folder: Path, files: Iterable[Path]) -> str:
+    """Hex hash of the names below `folder`, the sizes and the times of writing of its `files`, in this order."""
+    found = hashlib.sha256()
+    for path in files:
+        try:
+            state = (folder / path).stat()
+        except OSError as error:
+            raise DataError(f"{folder / path} cannot be read: {error.strerror or error}") from error
+        found.update(os.fsencode(path) + f"\0{state.st_size} {state.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
 def _text(content: Path | bytes, name: str) -> str:
     try:
         data = content if isinstance(content, bytes) else content.read_bytes()
@@ -140,22 +180,57 @@ def _place(key: str) -> float:
 
 
 def _dataset_files(directory: Path, paths: Iterable[Path]) -> list[Path]:
-    """Those of `paths` below `directory` that are Parquet, JSONL or CSV files and not hidden."""
-    files = (path for path in paths if path.suffix.lower() in DATASET_SUFFIXES and path.is_file())
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(directory).parts))
+    """Those of `paths` below `directory` that are Parquet, JSONL or CSV files and not hidden.
+
+    Where names tell splits apart (train-00000-of-00002.parquet, test.jsonl) and one of them is train, its files alone.
+    """
+    found = sorted(path for path in paths if path.suffix.lower() in DATASET_SUFFIXES and path.is_file())
+    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
+    splits = {path: _split_of(path) for path in shown}
+    if "train" in splits.values() and len(set(splits.values()) - {None}) > 1:
+        left = sorted({split for split in splits.values() if split not in (None, "train")})
+        say(f"{directory}: of its files those of the split train are read, not those of {', '.join(map(str, left))}")
+        return [path for path in shown if splits[path] in (None, "train")]
+    return shown
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.split(r"[^a-z]+", path.stem.lower())
+    return next((name for name, spellings in SPLIT_NAMES.items() if set(spellings) & set(words)), None)
 
 
 def _dataset(path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sample_rate: int | None) -> Source:
+    folders = sorted({file.parent.as_posix() for file in files})
+    if len(folders) > 1:
+        raise ConfigError(f"--data {path} holds dataset files in {folders[0]} and {folders[1]}; give one directory")
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) > 1:
+        raise ConfigError(f"--data {path} holds files of the types {', '.join(sorted(suffixes))}; give one of them")
+    if suffixes == {".jsonl"}:
+        from ernie_elastic.data.source_jsonl import JsonlSource
+
+        return JsonlSource(path, files, kinds, sample_rate)
     # Takes seconds to import.
     from ernie_elastic.data.source_datasets import DatasetSource
 
     return DatasetSource(path, files, kinds, sample_rate)
 
 
-def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int | None = None) -> Source:
-    """The records of a directory of files, of a saved dataset's directory, or of Parquet, JSONL and CSV files.
+def _tar_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in paths if file.suffix.lower() == TAR_SUFFIX and file.name[0] != ".")
 
-    Dataset files of a directory come before its media; those of one directory in it count when it has no such media.
+
+def _tars(path: Path, files: Sequence[Path], kinds: Sequence[SegmentKind], sample_rate: int | None) -> Source:
+    from ernie_elastic.data.source_tars import TarSource
+
+    return TarSource(path, files, kinds, sample_rate)
+
+
+def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int | None = None) -> Source:
+    """The records of a directory of files, of a saved dataset's directory, of Parquet, JSONL and CSV files, or of tars.
+
+    Dataset files of a directory come before its tars (WebDataset), these before its media; those of one directory in it
+    count when it has no such media.
 
     kinds: of the media that are wanted; records give no others. sample_rate: Hz, for sounds. Raises ConfigError when
     nothing of these kinds is there.
@@ -164,20 +239,32 @@ def open_source(spec: Path | str, kinds: Sequence[SegmentKind], sample_rate: int
     if not path.exists():
         raise ConfigError(f"--data {path} does not exist; give a directory, a dataset or a file")
     if path.is_file():
+        if path.suffix.lower() == TAR_SUFFIX:
+            return _tars(path, [path], kinds, sample_rate)
+        if path.suffix.lower() in [suffix for kind in kinds for suffix in SUFFIXES[kind]]:
+            return FolderSource(path.parent, kinds, sample_rate, only=path)
         if path.suffix.lower() not in DATASET_SUFFIXES:
-            raise ConfigError(f"--data {path}: a file must end in {', '.join(DATASET_SUFFIXES)}; or give its directory")
+            raise ConfigError(
+                f"--data {path}: a file must end in {', '.join((*DATASET_SUFFIXES, TAR_SUFFIX))}; or give its directory"
+            )
         return _dataset(path, [path], kinds, sample_rate)
     if any((path / name).exists() for name in SAVED_DATASET):
         return _dataset(path, [], kinds, sample_rate)
     files = _dataset_files(path, path.iterdir())
     if files:
         return _dataset(path, files, kinds, sample_rate)
+    tars = _tar_files(path.iterdir())
+    if tars:
+        return _tars(path, tars, kinds, sample_rate)
     source = FolderSource(path, kinds, sample_rate)
     if not len(source):
         # Datasets as hubs keep them: a readme, and the files in data/.
         files = _dataset_files(path, path.rglob("*"))
         if files:
             return _dataset(path, files, kinds, sample_rate)
+        tars = _tar_files(path.rglob("*"))
+        if tars:
+            return _tars(path, tars, kinds, sample_rate)
         known = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise ConfigError(f"--data {path} holds no {' or '.join(kinds)}: no file ends in {known}")
     return source

@@ -15,6 +15,7 @@ from ernie_elastic.errors import ConfigError
 
 Source = Annotated[Path | None, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
+Preset = Literal["debug", "demo", "small", "ablation_3b", "ultra_sparse"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -67,41 +68,67 @@ def prepare_data(
     *,
     tokenizers: Path,
     out: Path,
-    num_records: int = 20000,
+    data: str = "world",
+    kinds: tuple[Literal["text", "image", "video", "audio"], ...] = ("text", "image", "video", "audio"),
+    num_records: int | None = None,
     row_length: int = 192,
-    seed: int = 0,
-    num_workers: int = 2,
+    row_frames: int = 0,
+    understanding_share: float = 0.5,
+    video_frames: int = 8,
     text_dropout: float = 0.0,
+    seed: int = 0,
+    max_reject_share: float = 0.01,
+    records_per_shard: int = 2000,
+    num_workers: int = 2,
+    preset: Preset = "demo",
     overwrite: Flag = False,
 ) -> None:
-    """Tokenise and pack records of the embedded world.
+    """Tokenise and pack records: of any data, or of the embedded world.
+
+    A run that was cut off goes on where it was when the same command runs again.
 
     Args:
         tokenizers: directory that holds text/, visual/ and audio/.
         out: directory to write.
-        num_records: documents of the training split.
+        data: a directory of files, a Hugging Face dataset, tars, or a Parquet, JSONL, CSV or tar file; or world.
+        kinds: of the media that are read.
+        num_records: so many of the first records (default: all, or 20000 of the world).
         row_length: positions of a packed row.
-        seed: of the records.
-        num_workers: processes.
+        row_frames: frames of pictures and clips that a row may read; 0 is any number.
+        understanding_share: of the pairs of text and media, those whose media are read; from the others they are drawn.
+        video_frames: most frames of a clip.
         text_dropout: BPE dropout of the texts, 0.1 is usual; 0 is none.
+        seed: of the world's records, of roles and of dropout.
+        max_reject_share: stop when more of the records than this cannot be used.
+        records_per_shard: records in one file; a killed run loses at most one file for each worker.
+        num_workers: processes.
+        preset: whose model will read the rows; it decides how long documents are.
         overwrite: replace `out` if it exists.
     """
     from ernie_elastic.data.prepare import PrepareConfig
     from ernie_elastic.data.prepare import prepare_data as prepare
+    from ernie_elastic.data.records import WORLD
     from ernie_elastic.data.tokenise import Tokenizers, world_of
     from ernie_elastic.modeling.generation import layout_of
-    from ernie_elastic.presets import demo
+    from ernie_elastic.presets import PRESETS
 
     loaded = Tokenizers.load(tokenizers)
     config = PrepareConfig(
-        num_records=num_records,
-        row_length=row_length,
+        num_records=(20_000 if data == WORLD else 0) if num_records is None else num_records,
         seed=seed,
+        row_length=row_length,
+        records_per_shard=records_per_shard,
         num_workers=num_workers,
+        max_reject_share=max_reject_share,
         text_dropout=text_dropout,
         world=world_of(loaded),
+        data=data,
+        kinds=kinds,
+        row_frames=row_frames,
+        understanding_share=understanding_share,
+        video_frames=video_frames,
     )
-    layout = layout_of(demo().model.to_config(loaded))
+    layout = layout_of(PRESETS[preset]().model.to_config(loaded))
     prepare(tokenizers, out, config, layout, overwrite=overwrite)
 
 

@@ -46,7 +46,7 @@ def run_pretrain(preset: str, run: RunConfig) -> Path:
         _wait_for(marker)
     try:
         return pretrain(
-            run.run_dir, run.model.to_config, run.training, run.elastic, run.tokenizers_path, run.packed_path, preset
+            run.run_dir, run.model.to_config, run.training, run.elastic, run.tokenizers_path, run.mixture(), preset
         )
     finally:
         if is_main_process():
@@ -54,11 +54,19 @@ def run_pretrain(preset: str, run: RunConfig) -> Path:
 
 
 def make_inputs(run: RunConfig) -> None:
-    """Train the tokenizers and pack the data of a run, unless they stand there with the same configuration."""
+    """Train the tokenizers and pack the data of a run, unless they stand there with the same configuration.
+
+    What stands in a directory that the user named is taken as it is; `pretrain` checks that data, tokenizers and model
+    fit each other.
+    """
     for kind in TOKENIZER_NAMES:
         path = run.tokenizers_path / kind
+        if run.tokenizers_dir is not None and path.exists():
+            continue
         if not is_done(path, f"train-tokenizer-{kind}", run.tokenizers.resolved(kind)):
             train_tokenizer(kind, path, run.tokenizers)
+    if run.data.sources or (run.packed_dir is not None and run.packed_dir.exists()):
+        return
     if not is_done(run.packed_path, PACKED_STAGE, run.prepare):
         layout = layout_of(run.model.to_config(Tokenizers.load(run.tokenizers_path)))
         prepare_data(run.tokenizers_path, run.packed_path, run.prepare, layout)

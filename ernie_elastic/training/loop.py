@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.data.order import rows_of_step
-from ernie_elastic.data.prepare import STAGE as PACKED_STAGE
+from ernie_elastic.data.mixture import MixtureConfig, PackedMixture, open_packed
 from ernie_elastic.data.shards import PackedCorpus
 from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.data.tokenizer_service import tokenizers_hash
 from ernie_elastic.elastic.sampler import sample_spec
 from ernie_elastic.elastic.space import ElasticConfig, check_space
 from ernie_elastic.errors import CheckpointError, ConfigError
@@ -23,7 +23,7 @@ from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.modeling.loading import choose_experts_back_end
 from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.schema import SubModelSpec
-from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_jsonable, write_json
+from ernie_elastic.stages import fingerprint, progress, say, to_jsonable, write_json
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, routers, update_bias
 from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
@@ -43,7 +43,7 @@ def pretrain(
     training: TrainingConfig,
     elastic: ElasticConfig,
     tokenizers_dir: Path,
-    packed_dir: Path,
+    data: MixtureConfig,
     preset: str = "custom",
 ) -> Path:
     """Train (or go on with) the run in `run_dir`; every rank calls it. Returns the last checkpoint.
@@ -52,15 +52,16 @@ def pretrain(
     same, up to the number of steps; otherwise ConfigError names the difference.
     """
     tokenizers = Tokenizers.load(tokenizers_dir)
-    packed = read_manifest(packed_dir, (PACKED_STAGE,))
     config = model_config(tokenizers)
     check_space(config)
+    corpus, row_length, packed = open_packed(data, training.steps, tokenizers_hash(tokenizers_dir), layout_of(config))
     resolved = {
         "preset": preset,
         "model": config.to_dict(),
         "training": training,
         "elastic": elastic,
-        "packed": packed.fingerprint,
+        "packed": [manifest.fingerprint for manifest in packed],
+        "weights": [[weight for _, weight in data.sources], data.changes],
     }
     _check_same_run(run_dir, resolved)
     seed_everything(training.seed)
@@ -70,7 +71,7 @@ def pretrain(
         model.gradient_checkpointing_enable()
     engine = make_engine(model, training)
     try:
-        return _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved).train(packed.config)
+        return _Run(run_dir, engine, training, elastic, tokenizers, corpus, resolved).train(row_length)
     finally:
         shut_down()
 
@@ -130,17 +131,17 @@ class _Run:
         training: TrainingConfig,
         elastic: ElasticConfig,
         tokenizers: Tokenizers,
-        packed_dir: Path,
+        corpus: PackedCorpus | PackedMixture,
         resolved: dict[str, Any],
     ) -> None:
         self.run_dir, self.engine, self.training, self.elastic = run_dir, engine, training, elastic
-        self.tokenizers, self.packed_dir, self.resolved = tokenizers, packed_dir, resolved
+        self.tokenizers, self.corpus, self.resolved = tokenizers, corpus, resolved
         self.config = engine.model.config
         self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
         self.balance = LossBalance(training.loss_weights, training.posterior)
-        self.guard, self.num_rows = StepGuard(training.skip_limit), 0
+        self.guard = StepGuard(training.skip_limit)
 
-    def train(self, packed_config: dict[str, Any]) -> Path:
+    def train(self, row_length: int) -> Path:
         start, checkpoint = 0, latest_checkpoint(self.run_dir)
         if checkpoint is not None:
             start = load_checkpoint(checkpoint, self.engine, self.ledger, self.balance)
@@ -149,13 +150,11 @@ class _Run:
             say(f"pretrain: {checkpoint} has all {self.training.steps} steps; nothing to do")
             return checkpoint
         self._print_setup()
-        corpus = PackedCorpus(self.packed_dir)
-        self.num_rows = corpus.num_rows
         loader = PackedLoader(
-            corpus,
+            self.corpus,
             layout_of(self.config),
             self.training.rows_per_step,
-            int(packed_config["row_length"]),
+            row_length,
             self.training.seed,
             self.training.augmentation,
             rank() // self.training.sequence_parallel,
@@ -259,7 +258,7 @@ class _Run:
 
     def _rows_of(self, step: int) -> list[int]:
         """The packed rows that all ranks read at a step."""
-        draws = rows_of_step(self.training.seed, step, self.training.rows_per_step, self.num_rows)
+        draws = self.corpus.rows_of_step(self.training.seed, step, self.training.rows_per_step)
         return [row for row, _ in draws]
 
     def _print_setup(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ernie_elastic.data.layout import Layout
-from ernie_elastic.data.prepare import PrepareConfig, _kept, prepare_data
+from ernie_elastic.data.prepare import PrepareConfig, prepare_data
 from ernie_elastic.data.shards import PackedCorpus
 from ernie_elastic.data.tokenise import Tokenizers, tokenise, world_of
 from ernie_elastic.errors import ConfigError, DataError
@@ -105,10 +105,6 @@ def test_what_the_tokenizers_would_refuse_is_named(tokenizers: Any) -> None:
     ):
         with pytest.raises(DataError, match=message):
             tokenise([_text("fine", "x"), sample], own)
-        kept, rejects = _kept([_text("fine", "x"), sample, _text("good", "x")], own)
-        assert [item.key for item in kept] == ["fine", "good"] and len(rejects) == 1
-        with pytest.raises(DataError, match=message):
-            raise DataError(rejects[0])
 
 
 def test_the_world_is_drawn_for_the_tokenizers_at_hand(tokenizers: Any) -> None:

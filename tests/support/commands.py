@@ -70,6 +70,11 @@ EXECUTED: tuple[str, ...] = (
     'ernie-elastic generate runs/debug --prompt "a red circle" --to image --out large.png --refine refiner',
     "ernie-elastic import-codec mimi --out codec --num-levels 2",
     "ernie-elastic prepare-data --tokenizers tokenizers --out packed-dropout --num-records 40 --text-dropout 0.1",
+    "ernie-elastic prepare-data --tokenizers tokenizers --data inputs/photographs --out packed-photographs "
+    "--row-length 1024",
+    "ernie-elastic prepare-data --tokenizers tokenizers --data inputs/text --out packed-text --row-length 1024",
+    "torchrun --nproc_per_node=2 scripts/pretrain.py debug --run-dir runs/mixture --tokenizers-dir tokenizers "
+    "--data.sources packed-text 2 packed-photographs 1 --data.changes 0.5 1 4 --training.steps 4",
     "python scripts/demo_seeds.py runs/demo runs/demo-1 runs/demo-2",
     "python scripts/bench/run.py --list",
     "python scripts/bench/run.py codec --quick --json codec.json",
