@@ -22,7 +22,7 @@ class TrainingConfig:
     "optimizer", where ZeRO keeps optimizer state and masters in CPU memory. gradient_clip: 0 switches clipping off.
     bias_speed: step of the balance bias (paper: 1e-4; ours larger, since a demo has few steps). engine: "deepspeed", or
     "torch" for machines without it. zero_stage: 0 to 3. precision: of the forward and backward; optimizer and masters
-    are fp32 in both (bf16: ZeRO's BF16 weights, or autocast under the torch engine). expert_parallel: ranks over which
+    are fp32 in both (bf16 rounds the working weights alone). expert_parallel: ranks over which
     every layer's experts are split, 1 or all of them. resume_other_world_size: a checkpoint of another number of ranks
     may be read (through DeepSpeed's universal form). checkpoint_every: steps, 0 = only at the end.
     augmentation: history flips, dropped frames and conditions. bit_schedule: (share of the run, bits): from that share

@@ -18,13 +18,14 @@ from ernie_elastic.training.engine_config import deepspeed_config
 from ernie_elastic.training.engine_optimizers import make_optimizer, set_learning_rate
 from ernie_elastic.training.engine_state import saved_ranks, write_table
 from ernie_elastic.training.expert_parallel import ExpertParallel
+from ernie_elastic.training.masters import Masters, keep_masters
 from ernie_elastic.training.ranks import barrier, device, rank, start_group, world_size
 
 STATE_FILE = "torch_engine.pt"
 
 
 class TorchEngine(Engine):
-    """Plain torch: gradients are averaged in one flat all-reduce, every rank steps. bf16 is autocast over fp32."""
+    """Plain torch: gradients are averaged in one flat all-reduce, every rank steps the same masters."""
 
     def __init__(self, model: ErnieElasticForCausalLM, training: TrainingConfig) -> None:
         ranks = world_size()
@@ -39,6 +40,7 @@ class TorchEngine(Engine):
         self.module = LossModule(self.model, ranks, None, training.loss_weights.text_length_power, expert_shard)
         self.training, self.ranks = training, ranks
         self.optimizer = make_optimizer(model, training)
+        self.masters = keep_masters(model, torch.bfloat16) if training.precision == "bf16" else Masters(())
 
     def train_step(
         self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
@@ -46,11 +48,14 @@ class TorchEngine(Engine):
         results = []
         weights = self.training.loss_weights.vector() if weights is None else weights
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
-                loss, result = self.module(batch.to(self.device), spec, weights)
+            loss, result = self.module(batch.to(self.device), spec, weights)
             (loss / len(batches)).backward()
+            self.masters.collect()
+            if self.experts is not None:
+                self.experts.collect()
             results.append(result)
         norm = self._apply(lr)
+        self.masters.publish()
         self.optimizer.zero_grad(set_to_none=True)
         if self.experts is not None:
             self.experts.clear()
@@ -85,7 +90,7 @@ class TorchEngine(Engine):
     def save_state(self, directory: Path) -> None:
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state = {"model": self._state(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, directory / STATE_FILE)
         barrier()
         write_table(directory, self.training)
@@ -99,10 +104,17 @@ class TorchEngine(Engine):
         if not path.exists():
             raise CheckpointError(f"{path} is missing; resume from another step")
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        for name, tensor in self._state().items():
+            tensor.copy_(state["model"][name])
+        self.masters.publish()
         self.optimizer.load_state_dict(state["optimizer"])
         if self.experts is not None:
             self.experts.load(directory)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Masters and buffers under the model's names."""
+        model = self.model.state_dict(keep_vars=True)
+        return {name: self.masters.of(tensor).detach() for name, tensor in model.items()}
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         experts = {} if self.experts is None else self.experts.whole()

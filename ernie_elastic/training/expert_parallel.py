@@ -18,6 +18,7 @@ from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.expert_parallel import ExpertShard
 from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.masters import Masters
 from ernie_elastic.training.ranks import all_reduce_sum, rank, world_size
 
 TENSORS = ("gate_up_proj", "down_proj")
@@ -65,17 +66,20 @@ class ExpertParallel:
                 "ranks that divides them, or --training.expert-parallel 1"
             )
         self.shard = ExpertShard(self.own, self.ranks, exchange)
-        dtype = torch.bfloat16 if training.precision == "bf16" and training.engine == "deepspeed" else torch.float32
-        self.working: dict[str, torch.Tensor] = {}
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
         self.masters: dict[str, torch.Tensor] = {}
+        pairs = []
         for name, module in _expert_modules(model).items():
             module.num_experts = config.num_experts // self.ranks  # type: ignore[assignment]
             for part in TENSORS:
-                self._split(module, f"{name}.{part}", part, device, dtype)
+                pairs.append(self._split(module, f"{name}.{part}", part, device, dtype))
+        self._working = Masters(pairs)
         decay, betas = training.weight_decay, (training.beta1, training.beta2)
         self.optimizer = torch.optim.AdamW(list(self.masters.values()), betas=betas, weight_decay=decay, foreach=True)
 
-    def _split(self, module: nn.Module, name: str, part: str, device: torch.device, dtype: torch.dtype) -> None:
+    def _split(
+        self, module: nn.Module, name: str, part: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         parameter = module._parameters.pop(part)
         assert parameter is not None
         whole = parameter.detach().to(device)
@@ -84,16 +88,12 @@ class ExpertParallel:
         master = whole[self.own * share : (self.own + 1) * share].float().clone().requires_grad_()
         working = master if dtype == torch.float32 else master.detach().to(dtype).requires_grad_()
         setattr(module, part, working)
-        self.masters[name], self.working[name] = master, working
+        self.masters[name] = master
+        return master, working
 
     def collect(self) -> None:
         """Take in the gradients of a micro-batch; every micro-batch calls it after its backward."""
-        for name, tensor in self.working.items():
-            master = self.masters[name]
-            if tensor is not master and tensor.grad is not None:
-                gradient = tensor.grad.float()
-                master.grad = gradient if master.grad is None else master.grad + gradient
-                tensor.grad = None
+        self._working.collect()
 
     def total_norm(self, dense: torch.Tensor) -> torch.Tensor:
         """Norm of the whole model's gradient, float32 [], of that of the dense part; scales the experts' gradients.
@@ -116,9 +116,7 @@ class ExpertParallel:
             if master.grad is not None:
                 master.grad.mul_(coefficient)
         self.optimizer.step()
-        for name, tensor in self.working.items():
-            if tensor is not self.masters[name]:
-                tensor.copy_(self.masters[name])
+        self._working.publish()
 
     def clear(self) -> None:
         """Forget the gradients of the step."""
@@ -150,7 +148,7 @@ class ExpertParallel:
         state = torch.load(path, map_location=next(iter(self.masters.values())).device, weights_only=True)
         for name, master in self.masters.items():
             master.copy_(state["masters"][name])
-            self.working[name].copy_(master)
+        self._working.publish()
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _file(self, directory: Path) -> Path:
