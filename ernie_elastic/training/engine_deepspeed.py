@@ -109,10 +109,10 @@ class DeepSpeedEngine(Engine):
 
     def load_state(self, directory: Path) -> None:
         ranks = saved_ranks(directory, self.training)
-        if ranks == world_size():
+        if ranks == world_size() or not self.engine.zero_optimization():  # stage 0 shards nothing
             self._load(directory)
         else:
-            with _universal(directory, self.engine):
+            with _universal(directory, self.engine), _own_options(self.optimizer.optimizer):
                 self._load(_universal_folder(directory))
         # DeepSpeed's universal form has parameters alone.
         buffers = torch.load(directory / BUFFER_FILE, map_location=self.device, weights_only=True)
@@ -211,6 +211,22 @@ def _universal(directory: Path, engine: Any) -> Iterator[None]:
         barrier()
         if rank() == 0:
             shutil.rmtree(target, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_options(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Keep each group's options and each tensor's step count its own while the universal form is read.
+
+    Stage 3 gives every group the first one's options, weight decay too, and all tensors one shared step counter, which
+    a step then raises once per tensor (DeepSpeed 0.19.8).
+    """
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _make_cpu_adam(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

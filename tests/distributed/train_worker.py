@@ -22,8 +22,10 @@ from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.modeling.loading import choose_experts_back_end
 from ernie_elastic.training import engine_deepspeed
 from ernie_elastic.training.balance import RoutingLedger, routers, update_bias
+from ernie_elastic.training.checkpoint import save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import make_engine
+from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights
 from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model
 
@@ -39,6 +41,8 @@ DEFAULTS: dict = {
     "checkpointing": False,
     "load": "",  # folder of a state to go on from
     "save": "",  # folder that the state is written to
+    "run_dir": "",  # folder of a run that gets a checkpoint at the end
+    "lr": 1e-2,
 }
 
 
@@ -95,7 +99,7 @@ class Trainer:
         before = {name: tensor.clone() for name, tensor in before.items()}
         if poisoned and rank() == world_size() - 1:
             hook = self.engine.model.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
-        results, norm = self.engine.train_step(batches, spec, 1e-2)
+        results, norm = self.engine.train_step(batches, spec, self.job["lr"])
         if hook is not None:
             hook.remove()
         if poisoned:
@@ -123,6 +127,9 @@ def main() -> None:
         trainer.step(step)
     if job["save"]:
         trainer.engine.save_state(Path(job["save"]))
+    if job["run_dir"]:
+        state = (trainer.ledger, LossBalance(LossWeights(), PosteriorWeights()))
+        save_checkpoint(Path(job["run_dir"]), job["steps"], trainer.engine, state, None, {}, keep=1)
     weights = trainer.engine.full_state_dict()
     bias = [gate.e_score_correction_bias.tolist() for gate in routers(trainer.engine.model).values()]
     if rank() == 0:
