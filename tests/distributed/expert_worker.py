@@ -5,6 +5,7 @@ one on its own rows; one rank's rows go to the experts of one rank alone, so tha
 """
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,6 @@ def check(back_end: str, spec: SubModelSpec | None) -> None:
     experts = ExpertParallel(split, training, torch.device("cpu"))
     rows, weights = rows_of(0, whole.config, 0, 2 * ranks), training.loss_weights.vector()
     length = max(len(document) for row in rows for document in row)
-    sums, loss = LossModule(whole, 1), 0.0
     # Every rank counts all rows, so `combine` divides by `ranks` times the targets, and multiplies by `ranks`.
     loss, result = LossModule(whole, ranks)(collate(rows, length), spec, weights)
     loss.backward()
@@ -52,9 +52,7 @@ def check(back_end: str, spec: SubModelSpec | None) -> None:
             gradient = dense[name].grad
             dist.all_reduce(gradient)
             gradient = gradient / ranks
-        torch.testing.assert_close(
-            gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=partial("{} {}".format, name))
     whole_norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()])
     dense_norm = torch.nn.utils.get_total_norm([p.grad / ranks for p in dense.values()])
     torch.testing.assert_close(experts.total_norm(dense_norm), whole_norm, rtol=1e-4, atol=0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,5 @@ def assert_same(result: dict[str, Any], expected: dict[str, Any], weights: float
     assert result["bias"] == expected["bias"]
     assert set(result["weights"]) == set(expected["weights"])
     for name, value in expected["weights"].items():
-        torch.testing.assert_close(
-            result["weights"][name], value, rtol=0, atol=weights, msg=lambda text: f"{name} {text}"
-        )
+        got = result["weights"][name]
+        torch.testing.assert_close(got, value, rtol=0, atol=weights, msg=partial("{} {}".format, name))

@@ -98,7 +98,7 @@ def test_what_split_experts_cannot_do_is_refused(changes, message):
 
 
 def test_experts_are_split_over_all_ranks_or_none():
-    with pytest.raises(ConfigError, match="expert_parallel 2 must be 1 or the number of ranks 1; pass .*parallel 1"):
+    with pytest.raises(ConfigError, match=r"expert_parallel 2 must be 1 or the number of ranks 1; pass .*parallel 1"):
         TorchEngine(tiny_model(), TrainingConfig(engine="torch", **SPLIT))
 
 

@@ -77,7 +77,7 @@ def saved(tmp_path, **table):
 def test_another_number_of_ranks_needs_the_flag(tmp_path):
     state = saved(tmp_path, ranks=2)
     with pytest.raises(
-        CheckpointError, match="by 2 ranks, now there are 1; start 2 ranks, or pass --training.resume-other-world-size"
+        CheckpointError, match=r"by 2 ranks, now there are 1; start 2 ranks, or .*resume-other-world-size"
     ):
         saved_ranks(state, TrainingConfig(engine="torch"))
     assert saved_ranks(state, TrainingConfig(engine="torch", resume_other_world_size=True)) == 2
@@ -95,5 +95,5 @@ def test_a_state_of_another_engine_is_refused(table, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         engine.load_state(saved(tmp_path, **table))
     (tmp_path / "engine.json").unlink()
-    with pytest.raises(CheckpointError, match="has no engine.json"):
+    with pytest.raises(CheckpointError, match=r"has no engine\.json"):
         engine.load_state(tmp_path)
