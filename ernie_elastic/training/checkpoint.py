@@ -51,7 +51,8 @@ def export_model(
 ) -> None:
     """Write a Transformers directory with weights rounded to `dtype` (the balance bias stays fp32).
 
-    whole: every tensor of the model, where the model itself holds a part of them (`Engine.full_state_dict`).
+    whole: every tensor of the model by its name, each of its own shape [...], where the model itself holds a part of
+    them (`Engine.full_state_dict`).
     """
     with torch.device("meta"):
         skeleton = ErnieElasticForCausalLM(copy.deepcopy(model.config))

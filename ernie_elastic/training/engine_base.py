@@ -96,7 +96,10 @@ class Engine(ABC):
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The model's whole state on rank 0, names as in `model.state_dict()`; every rank calls it, others get {}."""
+        """The model's whole state on rank 0: tensors of their full shapes [...], names as in `model.state_dict()`.
+
+        Every rank calls it; the others get an empty dictionary.
+        """
 
     @abstractmethod
     def num_parameters(self) -> int:

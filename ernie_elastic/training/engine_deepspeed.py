@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import override
 
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
@@ -61,6 +62,7 @@ class DeepSpeedEngine(Engine):
         if self.experts is not None and self.engine.zero_optimization():
             _add_to_norm(self.engine.optimizer, self.experts)
 
+    @override
     def train_step(
         self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
@@ -97,6 +99,7 @@ class DeepSpeedEngine(Engine):
             nn.utils.clip_grads_with_norm_(parameters, self.training.gradient_clip, norm)
         return float(norm)
 
+    @override
     def save_state(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag=STATE_TAG)
         barrier()
@@ -107,6 +110,7 @@ class DeepSpeedEngine(Engine):
             self.experts.save(directory)
         barrier()
 
+    @override
     def load_state(self, directory: Path) -> None:
         ranks = saved_ranks(directory, self.training)
         if ranks == world_size() or not self.engine.zero_optimization():  # stage 0 shards nothing
@@ -125,6 +129,7 @@ class DeepSpeedEngine(Engine):
         if path is None:
             raise CheckpointError(f"DeepSpeed could not read {directory / STATE_TAG}; resume from another step")
 
+    @override
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         from deepspeed import zero
 
@@ -139,6 +144,7 @@ class DeepSpeedEngine(Engine):
             state.update(self.experts.whole())
         return state if rank() == 0 else {}
 
+    @override
     def num_parameters(self) -> int:
         return self._num_parameters
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from typing_extensions import override
 
 from ernie_elastic.errors import CheckpointError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
@@ -42,6 +43,7 @@ class TorchEngine(Engine):
         self.optimizer = make_optimizer(model, training)
         self.masters = keep_masters(model, torch.bfloat16) if training.precision == "bf16" else Masters(())
 
+    @override
     def train_step(
         self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
@@ -87,6 +89,7 @@ class TorchEngine(Engine):
             self.experts.step(lr, total, clip)
         return total
 
+    @override
     def save_state(self, directory: Path) -> None:
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -98,6 +101,7 @@ class TorchEngine(Engine):
             self.experts.save(directory)
         barrier()
 
+    @override
     def load_state(self, directory: Path) -> None:
         saved_ranks(directory, self.training)  # any number of ranks reads the same file
         path = directory / STATE_FILE
@@ -116,9 +120,11 @@ class TorchEngine(Engine):
         model = self.model.state_dict(keep_vars=True)
         return {name: self.masters.of(tensor).detach() for name, tensor in model.items()}
 
+    @override
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         experts = {} if self.experts is None else self.experts.whole()
         return {**self.model.state_dict(), **experts} if rank() == 0 else {}
 
+    @override
     def num_parameters(self) -> int:
         return self._num_parameters

@@ -19,7 +19,7 @@ class Masters:
         self._master_of = {id(working): master for master, working in self._pairs}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The master of a tensor of the model; the tensor itself where it has none."""
+        """The master of a tensor [...] of the model, float32 of the same shape; the tensor itself if it has none."""
         return self._master_of.get(id(tensor), tensor)
 
     def collect(self) -> None:

@@ -47,7 +47,8 @@ def test_stage_3_equals_stage_1_and_plain_deepspeed_would_not(trained, tmp_path)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("experts", ["eager", pytest.param("grouped_mm", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_stage_3_takes_a_back_end_whose_calls_depend_on_the_tokens(experts, trained):
     assert_same(trained(2, zero_stage=3, experts=experts), trained(1, engine="torch"))
 
@@ -129,19 +130,21 @@ def test_bf16_follows_the_fp32_losses(options, ranks, trained):
     assert 1e-5 < (losses[0] - losses[1]).abs().max() < 0.05, "rounded, and no more than that"
     biases = [torch.tensor(each["bias"][0]) for each in (result, expected)]
     assert (biases[0] - biases[1]).abs().max() < 0.01, "balance biases move by 0.001 a step and stay fp32"
-    assert len(set(torch.tensor(result["bias"]).bfloat16().float().eq(torch.tensor(result["bias"])).tolist()[0])) == 2
+    bias = torch.tensor(result["bias"])
+    assert (bias != bias.bfloat16().float()).float().mean() > 0.5, "BF16 would not hold them"
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "ranks"), BF16)
 def test_bf16_steps_below_its_own_resolution_add_up_in_fp32_masters(options, ranks, tmp_path):
-    """A step of 2e-5 is below half a unit of most weights: rounded at once it would be lost."""
-    job = {"lr": 2e-5, "model": {"initializer_range": 0.2}}
+    """A step of 5e-5 is far below half a unit of a weight of 0.07: rounded at once it would be lost."""
+    job = {"lr": 5e-5, "model": {"initializer_range": 0.2}}
     first, last = (train(tmp_path / f"{n}", ranks, {"precision": "bf16", **options}, steps=n, **job) for n in (1, 12))
     name = "model.layers.0.self_attn.q_proj.weight"
     large = first["weights"][name].abs() > 0.07  # BF16 there has steps of 2^-11 and more
     moved = (first["weights"][name] != last["weights"][name])[large].float().mean()
-    assert large.sum() > 100 and moved > 0.2, f"{moved:.0%} of the large weights moved"
+    assert large.sum() > 100 and moved > 0.1, f"{moved:.0%} of the large weights moved"
 
 
 def test_every_parameter_gets_a_gradient_whatever_the_batch_holds():
