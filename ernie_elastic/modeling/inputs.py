@@ -35,7 +35,9 @@ def embed_batch(model: ErnieElasticModel, batch: PackedBatch) -> torch.Tensor:
         audio_N = (codes_NQ[:, 0] >= 0).nonzero()[:, 0]
         flat = flat.index_add(0, audio_N, model.audio.embed_steps(codes_NQ[audio_N]))
     if model.understanding is not None:
-        items, zero = model.understanding([(media.pixels_GFHW3, media.features_GFhwD) for media in batch.media])
+        # Not by calling the module: ZeRO-3 hooks every tensor that a called module returns, and here their number
+        # depends on the batch, so that ranks would part.
+        items, zero = model.understanding.forward([(media.pixels_GFHW3, media.features_GFhwD) for media in batch.media])
         flat = flat + zero
         for media, tokens in zip(batch.media, items, strict=True):
             flat = flat.index_add(0, media.position_GM.reshape(-1), tokens.flatten(0, 1))

@@ -26,6 +26,7 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.attention import ErnieElasticAttention, RMSNorm
 from ernie_elastic.modeling.blocks import ErnieElasticMLP, MultiTokenPredictor
 from ernie_elastic.modeling.configuration import SHIM_MODULE, SHIM_TEXT, ErnieElasticConfig
+from ernie_elastic.modeling.expert_parallel import ExpertShard
 from ernie_elastic.modeling.heads import AudioIO, CodeSampler, VisualIO
 from ernie_elastic.modeling.inputs import SoundEncoder, embed_batch
 from ernie_elastic.modeling.masks import Places, SequenceMask
@@ -81,11 +82,18 @@ class ErnieElasticMoE(nn.Module):
         kept_experts: torch.Tensor | None = None,
         top_k: int | None = None,
         valid_N: torch.Tensor | None = None,
+        expert_shard: ExpertShard | None = None,
     ) -> tuple[torch.Tensor, RouterOutput]:
-        """[B, T, H] -> [B, T, H] and the decision; valid_N bool leaves padding out of the counts."""
+        """[B, T, H] -> [B, T, H] and the decision; valid_N bool leaves padding out of the counts.
+
+        expert_shard: `self.experts` holds this rank's share, other ranks hold the rest.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_NE, weights_NK, ids_NK = self.gate(flat, kept_experts, top_k)
-        output = self.experts(flat, ids_NK, weights_NK)
+        if expert_shard is None:
+            output = self.experts(flat, ids_NK, weights_NK)
+        else:
+            output = expert_shard.run(self.experts, flat, ids_NK, weights_NK)
         if self.shared_experts is not None:
             output = output + self.shared_experts(flat)
         decision = RouterOutput(weights_NK.detach(), ids_NK, self.gate.num_experts, valid_N)
@@ -115,6 +123,7 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
         kept_experts: torch.Tensor | None = None,
         top_k: int | None = None,
         valid_N: torch.Tensor | None = None,
+        expert_shard: ExpertShard | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, RouterOutput | None]:
         """[B, T, H] -> [B, T, H] and the router's decision (None in a dense layer)."""
@@ -130,7 +139,7 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, ErnieElasticMLP):
             return hidden_states + self.mlp(normed), None
-        mixed, routing = self.mlp(normed, kept_experts, top_k, valid_N)
+        mixed, routing = self.mlp(normed, kept_experts, top_k, valid_N, expert_shard)
         return hidden_states + mixed, routing
 
 
@@ -253,6 +262,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         next_codes: torch.Tensor | CodeSampler | None = None,
         audio_index_S: torch.Tensor | None = None,
         valid_N: torch.Tensor | None = None,
+        expert_shard: ExpertShard | None = None,
         **kwargs: Any,
     ) -> StackOutput:
         """Run every layer of the (sub-)model once. hidden [B, T, H], position [B, T(, 3)], mask bool [B, 1, T, S], a
@@ -274,7 +284,7 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         for slot, (layer_id, experts) in enumerate(zip(spec.layers, spec.experts_per_layer, strict=True)):
             kept = None if len(experts) == all_experts else torch.tensor(experts, device=hidden.device)
             hidden, decision = self.layers[layer_id](
-                hidden, rotary, mask, cache, slot, kept, spec.top_k, valid_N, **kwargs
+                hidden, rotary, mask, cache, slot, kept, spec.top_k, valid_N, expert_shard, **kwargs
             )
             if decision is not None:
                 routing[layer_id] = decision
@@ -282,16 +292,19 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
                 hidden, logits = self._audio_level(hidden, heads[layer_id], audio_index_S, next_codes)
                 audio_logits.append(logits)
         if self.training:
-            hidden = hidden + self._touch_unused(hidden, rotary, spec)
+            hidden = hidden + self._touch_unused(hidden, rotary, spec, expert_shard)
         return StackOutput(self.norm(hidden), list(routing.values()), tuple(routing), audio_logits)
 
-    def _touch_unused(self, hidden: torch.Tensor, rotary: Rotary, spec: SubModelSpec) -> torch.Tensor:
+    def _touch_unused(
+        self, hidden: torch.Tensor, rotary: Rotary, spec: SubModelSpec, expert_shard: ExpertShard | None
+    ) -> torch.Tensor:
         """Zero times the layers that the spec leaves out, run on one position: unused = zero gradient, under every
         ZeRO stage and on every rank. ours: stage 3 otherwise applies the last real gradient again."""
         total = hidden.new_zeros(())
         one_position = tuple(None if part is None else part[:1, :1] for part in rotary)
         for layer_id in sorted(set(range(len(self.layers))) - set(spec.layers)):
-            total = total + self.layers[layer_id](hidden[:1, :1].detach(), one_position)[0].sum()
+            layer = self.layers[layer_id]
+            total = total + layer(hidden[:1, :1].detach(), one_position, expert_shard=expert_shard)[0].sum()
         return 0.0 * total
 
     def _audio_level(

@@ -11,6 +11,7 @@ import torch
 
 from ernie_elastic.modeling.attention import packed_mask
 from ernie_elastic.modeling.blocks import shift_left
+from ernie_elastic.modeling.expert_parallel import ExpertShard
 from ernie_elastic.modeling.inputs import embed_batch
 from ernie_elastic.modeling.masks import Places, SequenceMask
 from ernie_elastic.modeling.outputs import PackedOutput, StackOutput, router_loss
@@ -30,13 +31,14 @@ class PackedEntry:
         submodel: SubModelSpec | None = None,
         next_codes: torch.Tensor | None = None,
         shard: SequenceShard | None = None,
+        expert_shard: ExpertShard | None = None,
     ) -> PackedOutput:
         """All modalities, teacher-forced: logits at every target of `batch`.
 
         next_codes int64 [B, T, Q] replaces the batch's own codes as feedback (default: the true codes). shard: sequence
         parallelism; every rank gets the whole batch, runs its share of the positions and returns logits of the targets
-        there. Raises ConfigError for an attention back end that cannot take the mask, and for T that ranks do not
-        divide.
+        there. expert_shard: the experts lie on several ranks, which all call this together. Raises ConfigError for an
+        attention back end that cannot take the mask, and for T that ranks do not divide.
         """
         causal_lm = cast("ErnieElasticForCausalLM", self)
         model, config = causal_lm.model, causal_lm.config
@@ -58,6 +60,7 @@ class PackedEntry:
             next_codes=cut(codes_BTQ).flatten(0, 1)[audio_index_S],
             audio_index_S=audio_index_S,
             valid_N=valid_N,
+            expert_shard=expert_shard,
             **kwargs,
         )
         next_embedded = cut(shift_left(embedded)) if model.mtp is not None else embedded

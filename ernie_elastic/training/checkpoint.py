@@ -43,16 +43,24 @@ STATE_FILE = "trainer_state.json"
 
 
 def export_model(
-    model: ErnieElasticForCausalLM, directory: Path, tokenizers: Tokenizers | None, dtype: torch.dtype = torch.bfloat16
+    model: ErnieElasticForCausalLM,
+    directory: Path,
+    tokenizers: Tokenizers | None,
+    dtype: torch.dtype = torch.bfloat16,
+    whole: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a Transformers directory with weights rounded to `dtype` (the balance bias stays fp32)."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() and name in parameters else tensor.dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    """Write a Transformers directory with weights rounded to `dtype` (the balance bias stays fp32).
+
+    whole: every tensor of the model by its name, each of its own shape [...], where the model itself holds a part of
+    them (`Engine.full_state_dict`).
+    """
     with torch.device("meta"):
         skeleton = ErnieElasticForCausalLM(copy.deepcopy(model.config))
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() and name in parameters else tensor.dtype)
+        for name, tensor in (model.state_dict() if whole is None else whole).items()
+    }
     for parameter in skeleton.parameters():
         parameter.data = parameter.data.to(dtype)
     skeleton.load_state_dict(state, assign=True)
@@ -85,8 +93,9 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         barrier()
         engine.save_state(temporary / "optimizer")
+        whole = engine.full_state_dict()
         if rank() == 0:
-            _write_rank0(temporary, step, engine, state, tokenizers, config)
+            _write_rank0(temporary, step, engine, state, tokenizers, config, whole)
             publish_directory(temporary, final)
             write_atomic(root / "latest", f"step-{step}\n")
             _remove_old(root, keep)
@@ -107,6 +116,7 @@ def _write_rank0(
     state: tuple[RoutingLedger, LossBalance],
     tokenizers: Tokenizers | None,
     config: Any,
+    whole: dict[str, torch.Tensor],
 ) -> None:
     ledger, balance = state
     optimizer = temporary / "optimizer"
@@ -117,7 +127,7 @@ def _write_rank0(
     }
     write_json(optimizer / "checksums.json", table)
     model_dir = temporary / "model"
-    export_model(engine.model, model_dir, tokenizers)
+    export_model(engine.model, model_dir, tokenizers, whole=whole)
     save_file({"mass_LE": ledger.mass_LE}, model_dir / LEDGER_FILE)
     write_manifest(model_dir, MODEL_STAGE, config, extra={"step": step})
 

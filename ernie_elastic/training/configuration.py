@@ -17,10 +17,14 @@ class TrainingConfig:
 
     steps: optimizer steps. rows_per_step: packed rows of a step over all ranks. micro_batches: gradient accumulation.
     learning_rate, weight_decay, beta1, beta2: AdamW (paper: silent; ours). optimizer "muon" moves the matrices of the
-    stack by Muon at muon_learning_rate, on the same schedule, and the rest by AdamW; it needs zero_stage 0, since
-    ZeRO's other stages flatten what Muon needs whole. gradient_clip: 0 switches clipping off.
+    stack by Muon (experimental) at muon_learning_rate, on the same schedule, and the rest by AdamW; it needs zero_stage
+    0, since ZeRO's other stages flatten what Muon needs whole. "cpu_adam" is DeepSpeed's AdamW in C++ for offload
+    "optimizer", where ZeRO keeps optimizer state and masters in CPU memory. gradient_clip: 0 switches clipping off.
     bias_speed: step of the balance bias (paper: 1e-4; ours larger, since a demo has few steps). engine: "deepspeed", or
-    "torch" for machines without it. zero_stage: 0, 1 or 2. checkpoint_every: steps, 0 = only at the end.
+    "torch" for machines without it. zero_stage: 0 to 3. precision: of the forward and backward; optimizer and masters
+    are fp32 in both (bf16 rounds the working weights alone). expert_parallel: ranks over which
+    every layer's experts are split, 1 or all of them. resume_other_world_size: a checkpoint of another number of ranks
+    may be read (through DeepSpeed's universal form). checkpoint_every: steps, 0 = only at the end.
     augmentation: history flips, dropped frames and conditions. bit_schedule: (share of the run, bits): from that share
     on only so many visual bits are predicted; empty = all (paper: section 2.2, counts and switch points silent).
     loss_weights times posterior: the weight of each modality's mean loss. sequence_parallel: ranks that share each
@@ -34,7 +38,7 @@ class TrainingConfig:
     steps: int = 1000
     rows_per_step: int = 16
     micro_batches: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "cpu_adam", "muon"] = "adamw"
     learning_rate: float = 2e-3
     muon_learning_rate: float = 1.2e-2
     weight_decay: float = 0.05
@@ -50,6 +54,10 @@ class TrainingConfig:
     seed: int = 0
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    offload: Literal["none", "optimizer"] = "none"
+    expert_parallel: int = 1
+    resume_other_world_size: bool = False
     experts: Literal["auto", "eager", "grouped_mm", "sorted_experts"] = "auto"
     gradient_checkpointing: bool = False
     sequence_parallel: int = 1
@@ -69,16 +77,6 @@ class TrainingConfig:
                 f"training: steps {self.steps}, rows_per_step {self.rows_per_step} and micro_batches "
                 f"{self.micro_batches} must all be at least 1"
             )
-        if self.zero_stage not in (0, 1, 2):
-            raise ConfigError(
-                f"training: zero_stage {self.zero_stage} is not one of 0, 1, 2; stage 3 wants the same module calls on "
-                "every rank, which packed multimodal rows do not give it yet"
-            )
-        if self.sequence_parallel < 1 or (self.sequence_parallel > 1 and self.engine != "deepspeed"):
-            raise ConfigError(
-                f"training: sequence_parallel {self.sequence_parallel} must be at least 1, and above 1 it needs "
-                f"--training.engine deepspeed (it is {self.engine})"
-            )
         shares = [share for share, _ in self.bit_schedule]
         if shares != sorted(set(shares)) or any(not 0 <= share <= 1 or bits < 1 for share, bits in self.bit_schedule):
             raise ConfigError(
@@ -90,15 +88,65 @@ class TrainingConfig:
                 f"training: learning_rate {self.learning_rate} and muon_learning_rate {self.muon_learning_rate} must "
                 "be above 0"
             )
-        if self.optimizer not in ("adamw", "muon"):
-            raise ConfigError(f"training: optimizer {self.optimizer!r} is not one of adamw, muon")
+        self._check_engine()
+        self._check_optimizer()
+        self._check_expert_parallel()
+
+    def _check_engine(self) -> None:
+        for name, choices in (
+            ("engine", ("deepspeed", "torch")),
+            ("optimizer", ("adamw", "cpu_adam", "muon")),
+            ("precision", ("fp32", "bf16")),
+            ("offload", ("none", "optimizer")),
+            ("zero_stage", (0, 1, 2, 3)),
+        ):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise ConfigError(f"training: {name} {getattr(self, name)!r} is not one of {listed}")
+        if self.sequence_parallel < 1 or (self.sequence_parallel > 1 and self.engine != "deepspeed"):
+            raise ConfigError(
+                f"training: sequence_parallel {self.sequence_parallel} must be at least 1, and above 1 it needs "
+                f"--training.engine deepspeed (it is {self.engine})"
+            )
+        if self.precision == "bf16" and self.engine == "deepspeed" and self.zero_stage == 0:
+            raise ConfigError(
+                "training: precision bf16 with zero_stage 0 would keep no fp32 masters apart; pass "
+                "--training.zero-stage 1, 2 or 3, or --training.precision fp32"
+            )
+
+    def _check_optimizer(self) -> None:
         if self.optimizer == "muon" and self.engine == "deepspeed" and self.zero_stage:
             raise ConfigError(
                 f"training: optimizer muon needs whole matrices, and zero_stage {self.zero_stage} flattens them; pass "
                 "--training.zero-stage 0, or --training.optimizer adamw"
             )
-        if self.engine not in ("deepspeed", "torch"):
-            raise ConfigError(f"training: engine {self.engine!r} is not one of deepspeed, torch")
+        if self.offload == "optimizer" and (self.engine != "deepspeed" or self.zero_stage == 0):
+            raise ConfigError(
+                f"training: offload optimizer is ZeRO's: it needs --training.engine deepspeed (it is {self.engine}) "
+                f"and --training.zero-stage 1, 2 or 3 (it is {self.zero_stage})"
+            )
+        if self.optimizer == "cpu_adam" and self.offload != "optimizer":
+            raise ConfigError(
+                f"training: optimizer cpu_adam steps on the CPU and offload is {self.offload}; pass --training.offload "
+                "optimizer, or --training.optimizer adamw"
+            )
+
+    def _check_expert_parallel(self) -> None:
+        if self.expert_parallel < 1:
+            raise ConfigError(f"training: expert_parallel {self.expert_parallel} must be at least 1")
+        if self.expert_parallel == 1:
+            return
+        for name, value, allowed in (
+            ("zero_stage", self.zero_stage, (0, 1, 2)),
+            ("optimizer", self.optimizer, ("adamw",)),
+            ("offload", self.offload, ("none",)),
+            ("resume_other_world_size", self.resume_other_world_size, (False,)),
+        ):
+            if value not in allowed:
+                raise ConfigError(
+                    f"training: expert_parallel {self.expert_parallel} works with {name} "
+                    f"{' or '.join(map(str, allowed))}, not {value}; change it, or pass --training.expert-parallel 1"
+                )
 
     def active_bits(self, step: int) -> int | None:
         """Visual bits in use at a step; None = all."""

@@ -107,6 +107,7 @@ def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         "training.log_every",
         "training.wandb",
         "training.step_limit_s",
+        "training.resume_other_world_size",
         "model.transformers_version",
     }
     flat: dict[str, Any] = {}
@@ -262,12 +263,12 @@ class _Run:
         return [row for row, _ in draws]
 
     def _print_setup(self) -> None:
-        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        parameters = self.engine.num_parameters()
         elastic = self.elastic
         shares = f"{elastic.full_depth:.0%}/{elastic.full_width:.0%}/{elastic.full_sparsity:.0%}"
         say(
             f"pretrain: {self.run_dir} | engine {self.training.engine}, ZeRO {self.training.zero_stage}, "
-            f"{self.training.optimizer}, {world_size()} rank(s) on {self.engine.device}, fp32 | "
+            f"{self.training.optimizer}, {world_size()} rank(s) on {self.engine.device}, {self.training.precision} | "
             f"{parameters:,} parameters, {self.config.num_hidden_layers} layers, {self.config.num_experts} experts, "
             f"top-{self.config.num_experts_per_tok} | attention {self.config._attn_implementation}, experts "
             f"{self.config._experts_implementation} | elastic "

@@ -16,7 +16,7 @@ from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.modeling.loading import load_model
 from ernie_elastic.presets import PRESETS
 from ernie_elastic.schema import SubModelSpec
-from ernie_elastic.training import engine as engine_module
+from ernie_elastic.training import engine_base as engine_module
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
 from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, save_checkpoint
 from ernie_elastic.training.configuration import TrainingConfig
@@ -45,8 +45,8 @@ def test_deepspeed_config_is_pure_and_names_clipping():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps 0"), ({"zero_stage": 3}, "zero_stage 3"),
-        ({"optimizer": "muon"}, "zero_stage 1 flattens"), ({"optimizer": "sgd"}, "not one of adamw, muon"),
+        ({"steps": 0}, "steps 0"), ({"zero_stage": 4}, "zero_stage 4"),
+        ({"optimizer": "muon"}, "zero_stage 1 flattens"), ({"optimizer": "sgd"}, "not one of adamw, cpu_adam, muon"),
         ({"learning_rate": 0.0}, "learning_rate"), ({"muon_learning_rate": 0.0}, "muon_learning_rate 0.0"),
         ({"engine": "jax"}, "engine 'jax'"),
     ],
