@@ -29,6 +29,7 @@ class TrainingConfig:
     limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
     older ones are removed. skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a
     row end the run with the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
+    rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch).
     """
 
     steps: int = 1000
@@ -60,6 +61,8 @@ class TrainingConfig:
     log_every: int = 10
     wandb: Literal["off", "offline", "online"] = "off"
     step_limit_s: float = 600.0
+    # What keeps a run safe and says how it goes.
+    rank_limit_s: float = 45.0
 
     def __post_init__(self) -> None:
         if self.skip_limit < 0:

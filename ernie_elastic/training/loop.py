@@ -32,6 +32,7 @@ from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.ranks import all_reduce_sum, barrier, rank, shut_down, world_size
+from ernie_elastic.training.watch import RankWatch
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
@@ -68,11 +69,21 @@ def pretrain(
     choose_experts_back_end(model, training.experts)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    engine = make_engine(model, training)
+    watch = RankWatch(training.rank_limit_s)
     try:
-        return _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved).train(packed.config)
-    finally:
-        shut_down()
+        engine = make_engine(model, training)
+        watch.start()
+        checkpoint = _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved, watch).train(
+            packed.config
+        )
+    except BaseException as error:
+        # No barrier here: the other ranks are elsewhere, and a barrier would pair with one of theirs.
+        failure = watch.fail(error)
+        if failure is error:
+            raise
+        raise failure from error
+    shut_down(watch.stop)
+    return checkpoint
 
 
 def _check_same_run(run_dir: Path, resolved: dict[str, Any]) -> None:
@@ -106,6 +117,7 @@ def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         "training.log_every",
         "training.wandb",
         "training.step_limit_s",
+        "training.rank_limit_s",
         "model.transformers_version",
     }
     flat: dict[str, Any] = {}
@@ -132,9 +144,10 @@ class _Run:
         tokenizers: Tokenizers,
         packed_dir: Path,
         resolved: dict[str, Any],
+        watch: RankWatch,
     ) -> None:
         self.run_dir, self.engine, self.training, self.elastic = run_dir, engine, training, elastic
-        self.tokenizers, self.packed_dir, self.resolved = tokenizers, packed_dir, resolved
+        self.tokenizers, self.packed_dir, self.resolved, self.watch = tokenizers, packed_dir, resolved, watch
         self.config = engine.model.config
         self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
         self.balance = LossBalance(training.loss_weights, training.posterior)
@@ -206,6 +219,7 @@ class _Run:
     def step(self, step: int, batches: list[Any]) -> dict[str, Any]:
         """One optimizer step and its record."""
         begun = time.perf_counter()
+        self.watch.note(f"step {step}")
         spec = sample_spec(self.elastic, self.config, self.training.seed, step, self.training.steps)
         lr = self.training.learning_rate * self.training.schedule.factor(step, self.training.steps)
         weights = self.balance.vector()

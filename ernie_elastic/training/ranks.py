@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -50,10 +50,11 @@ def start_group(limit_s: float) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=limit_s))
 
 
-def shut_down() -> None:
+def shut_down(when_all_are_done: Callable[[], None] = lambda: None) -> None:
     """Leave together: without the barrier one rank may end first and the launcher reports a failure."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        when_all_are_done()
         dist.destroy_process_group()
 
 
