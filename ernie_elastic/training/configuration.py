@@ -29,7 +29,8 @@ class TrainingConfig:
     limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
     older ones are removed. skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a
     row end the run with the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
-    rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch).
+    rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch). async_checkpoint:
+    write checkpoints in a thread while training goes on, for the state once more in host memory; False: at once.
     """
 
     steps: int = 1000
@@ -63,6 +64,7 @@ class TrainingConfig:
     step_limit_s: float = 600.0
     # What keeps a run safe and says how it goes.
     rank_limit_s: float = 45.0
+    async_checkpoint: bool = True
 
     def __post_init__(self) -> None:
         if self.skip_limit < 0:

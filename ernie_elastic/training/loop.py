@@ -25,7 +25,8 @@ from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.stages import fingerprint, progress, read_manifest, say, to_jsonable, write_json
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, routers, update_bias
-from ernie_elastic.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ernie_elastic.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint
+from ernie_elastic.training.checkpoint_writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import Engine, MicroResult, make_engine, seed_everything
 from ernie_elastic.training.guard import StepGuard
@@ -118,6 +119,7 @@ def _comparable(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         "training.wandb",
         "training.step_limit_s",
         "training.rank_limit_s",
+        "training.async_checkpoint",
         "model.transformers_version",
     }
     flat: dict[str, Any] = {}
@@ -152,11 +154,16 @@ class _Run:
         self.ledger = RoutingLedger(self.config.num_hidden_layers, self.config.num_experts)
         self.balance = LossBalance(training.loss_weights, training.posterior)
         self.guard, self.num_rows = StepGuard(training.skip_limit), 0
+        self.state = TrainerState(self.ledger, self.balance, self.guard)
+        self.stall_s = 0.0
+        self.checkpoints = CheckpointWriter(
+            run_dir, tokenizers, resolved, training.keep_checkpoints, training.async_checkpoint
+        )
 
     def train(self, packed_config: dict[str, Any]) -> Path:
         start, checkpoint = 0, latest_checkpoint(self.run_dir)
         if checkpoint is not None:
-            start = load_checkpoint(checkpoint, self.engine, self.ledger, self.balance)
+            start = load_checkpoint(checkpoint, self.engine, self.state)
             say(f"pretrain: going on from {checkpoint}")
         if start >= self.training.steps and checkpoint is not None:
             say(f"pretrain: {checkpoint} has all {self.training.steps} steps; nothing to do")
@@ -177,6 +184,8 @@ class _Run:
             self.training.active_bits,
         )
         writer = self._writer(start)
+        if writer is not None:
+            self.checkpoints.before_publishing = writer.sync
         stop = self.training.steps
         if self.training.stop_after:
             stop = min(stop, start + self.training.stop_after)
@@ -191,6 +200,10 @@ class _Run:
                     done, every = step + 1, self.training.checkpoint_every
                     if done == stop or (every and done % every == 0):
                         checkpoint = self._save(done)
+            self.checkpoints.wait()
+        except BaseException:
+            self.checkpoints.settle()
+            raise
         finally:
             if writer is not None:
                 writer.close()
@@ -205,16 +218,12 @@ class _Run:
         return MetricsWriter(self.run_dir / "metrics.jsonl", start, self.training.wandb, self.run_dir.name)
 
     def _save(self, step: int) -> Path:
+        begun = time.perf_counter()
+        self.watch.note(f"the checkpoint of step {step}")
         self.config.visual_active_bits = self.training.active_bits(step - 1)
-        return save_checkpoint(
-            self.run_dir,
-            step,
-            self.engine,
-            (self.ledger, self.balance),
-            self.tokenizers,
-            self.resolved,
-            self.training.keep_checkpoints,
-        )
+        path = self.checkpoints.save(step, self.engine, self.state)
+        self.stall_s = time.perf_counter() - begun
+        return path
 
     def step(self, step: int, batches: list[Any]) -> dict[str, Any]:
         """One optimizer step and its record."""
@@ -240,10 +249,12 @@ class _Run:
         counts = self.ledger.finish_step(all_reduce_sum, spec == self.config.full_spec())
         update_bias(self.engine.model, counts, spec, self.training.bias_speed)
         here = sum(batch.num_positions for batch in batches) / self.training.sequence_parallel
-        positions = all_reduce_sum(torch.tensor(float(here)))
+        positions, failed = all_reduce_sum(torch.tensor([here, float(self.checkpoints.failed())])).tolist()
+        if failed:
+            self.checkpoints.wait()  # raises, on all ranks
         losses = _mean_losses(results)
         self.balance.observe(losses)
-        record = self._record(step, spec, lr, norm, counts, float(positions), time.perf_counter() - begun)
+        record = self._record(step, spec, lr, norm, counts, positions, time.perf_counter() - begun)
         weighted = {name: losses[name] * float(weights[i]) for i, name in enumerate(LOSSES) if name in losses}
         return {"step": step, "loss": sum(weighted.values()), "losses": losses, "weighted_losses": weighted, **record}
 

@@ -36,6 +36,10 @@ class MetricsWriter:
             flat.update({f"loss/{name}": value for name, value in record.get("losses", {}).items()})
             self.tracker.log(flat, step=record["step"])
 
+    def sync(self) -> None:
+        """Wait until the disk has every line."""
+        os.fsync(self.stream.fileno())
+
     def close(self) -> None:
         """Flush and end the tracker's run."""
         self.stream.close()

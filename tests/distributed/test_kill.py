@@ -73,3 +73,21 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(whole, tmp_path, stress
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "no leftovers"
     weights = [path / f"checkpoints/step-{STEPS}/model/model.safetensors" for path in (whole, tmp_path / "run")]
     assert sha256_file(weights[0]) == sha256_file(weights[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "stage", "more"),
+    [("deepspeed", "0", ("--training.optimizer", "muon")), ("deepspeed", "2", ()), ("torch", "0", ()),
+     ("deepspeed", "1", ("--training.micro-batches", "2", "--training.no-async-checkpoint"))],
+)  # fmt: skip
+def test_every_engine_goes_on_bit_for_bit(whole, tmp_path, engine, stage, more):
+    arguments = ("--training.steps", "8", "--training.engine", engine, "--training.zero-stage", stage, *more)
+    for name in ("whole", "parts"):
+        runs.copy_inputs(whole, tmp_path / name)
+    runs.finish(tmp_path / "whole", *arguments)
+    runs.finish(tmp_path / "parts", *arguments, "--training.stop-after", "5")
+    runs.finish(tmp_path / "parts", *arguments)
+    assert runs.records(tmp_path / "parts") == runs.records(tmp_path / "whole")
+    weights = [tmp_path / name / "checkpoints/step-8/model/model.safetensors" for name in ("whole", "parts")]
+    assert sha256_file(weights[0]) == sha256_file(weights[1])

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, list_steps
 from ernie_elastic.training.configuration import TrainingConfig
 from tests.support import pretrain_runs as runs
 
@@ -77,3 +78,26 @@ def test_ranks_do_not_outlive_a_killed_agent(whole, tmp_path):
         for orphan in orphans:
             if orphan.is_running():
                 orphan.kill()
+
+
+def test_a_rank_that_cannot_write_its_part_ends_the_job_and_leaves_the_last_checkpoint(whole, tmp_path):
+    run_dir = runs.copy_inputs(whole, tmp_path / "run")
+    arguments = ("--training.checkpoint-every", "4", "--training.rank-limit-s", "6")
+    agents = runs.start(run_dir, "--training.steps", "100000", *arguments)
+    root = run_dir / "checkpoints"
+    try:
+        assert runs.wait_until(lambda: (root / "latest").exists(), agents)
+        # Files above this size fail as on a full disk; the rank's part of the optimizer state is larger.
+        runs.worker(agents[0], 1).rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
+        assert agents[0].wait(MINUTE) != 0
+    finally:
+        runs.kill_all(agents)
+    printed = run_dir.with_suffix(".log").read_text()
+    assert "error: rank 1: cannot write" in printed and "File too large" in printed, printed[-3000:]
+    steps = list_steps(root)
+    assert steps and all(checkpoint_problem(root / f"step-{step}") is None for step in steps)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", *(f"step-{step}" for step in steps)]
+    last = latest_checkpoint(run_dir)
+    assert last is not None
+    goal = int(last.name[5:]) + 2
+    assert f"going on from {last}" in runs.finish(run_dir, "--training.steps", str(goal), *arguments)
