@@ -26,6 +26,7 @@ from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.sequence_parallel import SequenceShard
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
+from ernie_elastic.training.accumulation import Specs, accumulate_over, specs_of
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import combine
 from ernie_elastic.training.muon import MuonAdamW, is_matrix_of_the_stack
@@ -152,9 +153,11 @@ class Engine(ABC):
 
     @abstractmethod
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping.
+
+        spec: one for all of them, or one for each. Their number may differ from step to step.
 
         A step whose loss or gradient is not finite is not applied on any rank; its norm is inf or NaN. weights float32
         [5]: of the losses, in the order of LOSSES (default: the configuration's fixed ones).
@@ -184,12 +187,12 @@ class TorchEngine(Engine):
         self.optimizer = make_optimizer(model, training)
 
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         results = []
         weights = self.training.loss_weights.vector() if weights is None else weights
-        for batch in batches:
-            loss, result = self.module(batch.to(self.device), spec, weights)
+        for batch, part in zip(batches, specs_of(spec, len(batches)), strict=True):
+            loss, result = self.module(batch.to(self.device), part, weights)
             (loss / len(batches)).backward()
             results.append(result)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -245,14 +248,16 @@ class DeepSpeedEngine(Engine):
         self.device, self.model, self.training = self.engine.device, model, training
 
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         results = []
         weights = self.training.loss_weights.vector() if weights is None else weights
         set_learning_rate(self.engine.optimizer.param_groups, lr)
-        norm = 0.0
+        norm, parts = 0.0, specs_of(spec, len(batches))
+        accumulate_over(self.engine, len(batches))
         for number, batch in enumerate(batches, start=1):
-            loss, result = self.engine(batch.to(self.device), spec, weights)
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            loss, result = self.engine(batch.to(self.device), parts[number - 1], weights)
             self.engine.backward(loss)
             if number == len(batches) and not self.engine.zero_optimization():
                 # Stage 0 clips in step() and keeps no norm; its gradients are averaged over the ranks by now.
