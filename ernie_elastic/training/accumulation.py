@@ -20,6 +20,11 @@ def specs_of(spec: Specs, count: int) -> list[SubModelSpec]:
     return list(spec)
 
 
+def one_or_all(specs: Sequence[SubModelSpec]) -> Specs:
+    """Inverse of `specs_of`."""
+    return specs[0] if all(spec == specs[0] for spec in specs) else specs
+
+
 def accumulate_over(engine: Any, count: int) -> None:
     """Tell a DeepSpeed engine that its next step has `count` micro-batches: it divides the loss by that number.
 

@@ -35,9 +35,13 @@ class RoutingLedger:
         counts = both[0].clone()
         if full_spec:
             self.mass_LE += both[1]
+        self.clear()
+        return counts
+
+    def clear(self) -> None:
+        """Forget the counts of the step that is being made."""
         self.counts_LE.zero_()
         self.step_mass_LE.zero_()
-        return counts
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ernie_elastic.training.engine import Engine
 from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.ranks import from_rank0
+from ernie_elastic.training.spikes import SpikeConfig, SpikeWatch
 
 log = logging.getLogger(__name__)
 MODEL_STAGE = "pretrain"
@@ -42,16 +43,23 @@ class TrainerState:
     ledger: RoutingLedger
     balance: LossBalance
     guard: StepGuard
+    spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch(SpikeConfig()))
 
     def to_json(self, step: int) -> dict[str, Any]:
         """What `trainer_state.json` holds after `step` finished steps."""
-        return {"step": step, "loss_ema": dict(self.balance.ema), "guard": self.guard.to_json()}
+        return {
+            "step": step,
+            "loss_ema": dict(self.balance.ema),
+            "guard": self.guard.to_json(),
+            "spikes": self.spikes.to_json(),
+        }
 
     def load(self, state: dict[str, Any], mass_LE: torch.Tensor) -> int:
         """Take over a checkpoint's state and its routed mass float64 [L, E]; returns the finished steps."""
         self.ledger.mass_LE.copy_(mass_LE)
         self.balance.ema = {name: float(value) for name, value in state.get("loss_ema", {}).items()}
         self.guard.load_json(state.get("guard", {}))
+        self.spikes.load_json(state.get("spikes", {}))
         return int(state["step"])
 
 

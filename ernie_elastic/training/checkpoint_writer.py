@@ -141,6 +141,22 @@ class CheckpointWriter:
             raise _readable(job.error, job.final, self.root) from job.error
         raise CheckpointError(f"cannot write {job.final}: another rank failed; its message says why")
 
+    def go_back(self, step: int) -> None:
+        """Make `step-N` the newest checkpoint again and remove those after it; every rank calls it."""
+        if rank() == 0:
+            write_atomic(self.root / "latest", f"step-{step}\n")
+            _sync_names(self.root)
+            for later in list_steps(self.root):
+                if later > step:
+                    self._remove(later)
+        barrier()
+
+    def _remove(self, step: int) -> None:
+        # Under a hidden name first: a kill in the middle leaves no half directory that looks like a checkpoint.
+        old = self.root / f".step-{step}.old"
+        (self.root / f"step-{step}").rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
     def settle(self) -> None:
         """Without the other ranks, when the run fails: give the writing a moment to end, else remove what is there."""
         job, thread = self._job, self._thread
@@ -224,10 +240,7 @@ class CheckpointWriter:
         write_atomic(self.root / "latest", f"step-{job.step}\n")
         _sync_names(self.root)
         for step in steps_to_remove(list_steps(self.root), job.step, self.keep):
-            # Under a hidden name first: a kill in the middle leaves no half directory that looks like a checkpoint.
-            old = self.root / f".step-{step}.old"
-            (self.root / f"step-{step}").rename(old)
-            shutil.rmtree(old, ignore_errors=True)
+            self._remove(step)
 
 
 class _Cancelled(Exception):

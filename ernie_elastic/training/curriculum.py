@@ -1,8 +1,9 @@
 """Stages of a run, and what holds at each step: pure functions of the configuration, so resuming anywhere is exact.
 
 paper: the pre-training recipe. Stage 1 is WSD's warm-up and constant part, with a batch that grows early on, bias speed
-1e-4 and MTP weight 0.3; mid-training is a cosine from the peak to a tenth of it with bias speed 1e-5 and MTP weight 0.1;
-the RoPE base stays at 1e6. The ramp's shape is silent; ours: linear in tokens, in whole multiples of the first batch.
+1e-4 and MTP weight 0.3; mid-training is a cosine from the peak to a tenth of it with bias speed 1e-5 and MTP weight
+0.1; the RoPE base stays at 1e6. The ramp's shape is silent; ours: linear in tokens, in multiples
+of the first batch.
 """
 
 from __future__ import annotations

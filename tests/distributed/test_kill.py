@@ -77,17 +77,19 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(whole, tmp_path, stress
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "stage", "more"),
-    [("deepspeed", "0", ("--training.optimizer", "muon")), ("deepspeed", "2", ()), ("torch", "0", ()),
-     ("deepspeed", "1", ("--training.micro-batches", "2", "--training.no-async-checkpoint"))],
+    ("engine", "stage", "more", "preset"),
+    [("deepspeed", "0", ("--training.optimizer", "muon"), "debug"), ("deepspeed", "2", (), "debug"),
+     ("torch", "0", (), "debug"), ("deepspeed", "1", (), "debug_stages"),
+     ("deepspeed", "1", ("--training.micro-batches", "2", "--training.no-async-checkpoint"), "debug"),
+     ("deepspeed", "1", ("--training.micro-batches", "4", "--elastic.sandwich"), "debug")],
 )  # fmt: skip
-def test_every_engine_goes_on_bit_for_bit(whole, tmp_path, engine, stage, more):
+def test_every_engine_goes_on_bit_for_bit(whole, tmp_path, engine, stage, more, preset):
     arguments = ("--training.steps", "8", "--training.engine", engine, "--training.zero-stage", stage, *more)
     for name in ("whole", "parts"):
         runs.copy_inputs(whole, tmp_path / name)
-    runs.finish(tmp_path / "whole", *arguments)
-    runs.finish(tmp_path / "parts", *arguments, "--training.stop-after", "5")
-    runs.finish(tmp_path / "parts", *arguments)
+    runs.finish(tmp_path / "whole", *arguments, preset=preset)
+    runs.finish(tmp_path / "parts", *arguments, "--training.stop-after", "5", preset=preset)
+    runs.finish(tmp_path / "parts", *arguments, preset=preset)
     assert runs.records(tmp_path / "parts") == runs.records(tmp_path / "whole")
     weights = [tmp_path / name / "checkpoints/step-8/model/model.safetensors" for name in ("whole", "parts")]
     assert sha256_file(weights[0]) == sha256_file(weights[1])

@@ -21,12 +21,14 @@ TIMED = {
 }  # fmt: skip
 
 
-def start(run_dir: Path, *arguments: str, ranks: int = 2, torchrun: bool = True) -> list[subprocess.Popen[str]]:
+def start(
+    run_dir: Path, *arguments: str, ranks: int = 2, torchrun: bool = True, preset: str = "debug"
+) -> list[subprocess.Popen[str]]:
     """The processes of a run: torchrun's agent, or with torchrun=False the ranks themselves.
 
     What they print is in `<run_dir>.log`, with `-RANK` before the suffix for ranks without an agent.
     """
-    command = [str(ROOT / "scripts" / "pretrain.py"), "debug", "--run-dir", str(run_dir), *arguments]
+    command = [str(ROOT / "scripts" / "pretrain.py"), preset, "--run-dir", str(run_dir), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     if torchrun:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
@@ -60,11 +62,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def finish(run_dir: Path, *arguments: str, ranks: int = 2, limit_s: float = 200.0) -> str:
+def finish(run_dir: Path, *arguments: str, ranks: int = 2, preset: str = "debug", limit_s: float = 200.0) -> str:
     """Run to the end; returns what was printed, fails on any exit code but 0."""
     log = run_dir.with_suffix(".log")
     log.unlink(missing_ok=True)
-    (agent,) = start(run_dir, *arguments, ranks=ranks)
+    (agent,) = start(run_dir, *arguments, ranks=ranks, preset=preset)
     try:
         code = agent.wait(limit_s)
     finally:

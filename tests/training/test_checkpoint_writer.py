@@ -141,7 +141,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(engine, tmp_path,
         "manifest": (checkpoint_writer, "write_manifest"), "name": (checkpoint_writer, "publish_directory"),
     }[where]  # fmt: skip
     monkeypatch.setattr(target, name, full)
-    with pytest.raises(CheckpointError, match="disk full while writing .*step-2: .* MiB free"):
+    with pytest.raises(CheckpointError, match=r"disk full while writing .*step-2: .* MiB free"):
         work.save(2, engine, new_state())
         assert background, "written at once, it fails at once"
         work.wait()
