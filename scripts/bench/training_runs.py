@@ -28,7 +28,8 @@ def checkpoint_rows(engine: TorchEngine, step: Callable[[], Any], quick: bool) -
     """How long a checkpoint stops the training, and what it costs in all, beside it and at once.
 
     Each round has STEPS_BETWEEN steps; the three kinds of round run in turn. The stall is the time in `save`; the cost
-    is a round's time beyond one without a checkpoint, so it holds what writing takes from the steps beside it.
+    is a round's time beyond one without a checkpoint, so it holds what writing takes from the steps beside it
+    (1 ms where noise hides it).
     """
     config = engine.model.config
     state = TrainerState(
@@ -56,7 +57,7 @@ def checkpoint_rows(engine: TorchEngine, step: Callable[[], Any], quick: bool) -
     stall = {name: statistics.median(times[1:]) for name, times in stalls.items()}
     one = middle["none"] / STEPS_BETWEEN
     return [
-        Row("checkpoint: training stands still", stall["beside"], {"step": one, "at_once": stall["at_once"]}, "s", False),
+        Row("checkpoint: the training waits", stall["beside"], {"step": one, "at_once": stall["at_once"]}, "s", False),
         Row(
             "checkpoint: cost in all", max(middle["beside"] - middle["none"], 1e-3),
             {"step": one, "at_once": max(middle["at_once"] - middle["none"], 1e-3)}, "s", False,
