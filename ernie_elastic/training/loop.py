@@ -47,7 +47,7 @@ from ernie_elastic.training.record import (
     setup_line,
     spec_record,
 )
-from ernie_elastic.training.same_run import check_same_run
+from ernie_elastic.training.same_run import check_same_run, only_process
 from ernie_elastic.training.spikes import Rollback, Rollbacks, SpikeWatch
 from ernie_elastic.training.watch import RankWatch
 
@@ -79,27 +79,30 @@ def pretrain(
         "elastic": elastic,
         "packed": packed.fingerprint,
     }
-    check_same_run(run_dir, resolved)
-    seed_everything(training.seed)
-    model = ErnieElasticForCausalLM(config)
-    choose_experts_back_end(model, training.experts)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    watch = RankWatch(training.rank_limit_s)
-    try:
-        engine = make_engine(model, training)
-        watch.start()
-        length = int(packed.config["row_length"])
-        run = _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved, watch, length)
-        checkpoint = run.train()
-    except BaseException as error:
-        # No barrier here: the other ranks are elsewhere, and a barrier would pair with one of theirs.
-        failure = watch.fail(error)
-        if failure is error:
-            raise
-        raise failure from error
-    shut_down(watch.stop)
-    return checkpoint
+    with only_process(run_dir, training.rank_limit_s * 4 / 3):
+        check_same_run(run_dir, resolved)
+        seed_everything(training.seed)
+        model = ErnieElasticForCausalLM(config)
+        choose_experts_back_end(model, training.experts)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        watch = RankWatch(training.rank_limit_s)
+        try:
+            engine = make_engine(model, training)
+            watch.start()
+            length = int(packed.config["row_length"])
+            run = _Run(run_dir, engine, training, elastic, tokenizers, packed_dir, resolved, watch, length)
+            checkpoint = run.train()
+        except BaseException as error:
+            # No barrier here: the other ranks are elsewhere, and a barrier would pair with one of theirs.
+            failure = watch.fail(error)
+            if world_size() == 1:
+                shut_down()
+            if failure is error:
+                raise
+            raise failure from error
+        shut_down(watch.stop)
+        return checkpoint
 
 
 class _Run:

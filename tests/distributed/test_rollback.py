@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.errors import TrainingError
+from ernie_elastic.errors import CheckpointError, TrainingError
 from ernie_elastic.pipeline.pretrain import run_pretrain
 from ernie_elastic.presets import debug
 from ernie_elastic.training import loop
@@ -46,8 +49,8 @@ def reads(monkeypatch) -> list[int]:
 def run(run_dir, **changes):
     config = debug()
     training = dataclasses.replace(
-        config.training, engine="torch", steps=STEPS, rows_per_step=2, log_every=0,
-        **{"checkpoint_every": 5, "spikes": SpikeConfig(factor=1.8, steps=2, window=20), **changes},
+        config.training, engine="torch", rows_per_step=2, log_every=0,
+        **{"steps": STEPS, "checkpoint_every": 5, "spikes": SpikeConfig(factor=1.8, steps=2, window=20), **changes},
     )  # fmt: skip
     run_pretrain("debug", dataclasses.replace(config, run_dir=run_dir, training=training))
 
@@ -73,6 +76,26 @@ def test_the_run_goes_back_and_around_and_a_resume_meets_the_same(whole, tmp_pat
     for _ in range(STEPS // (3 * every)):
         run(parts, stop_after=3 * every, checkpoint_every=every)
     assert runs.records(parts) == records
+
+
+def test_two_runs_in_one_directory_do_not_mix(whole, tmp_path):
+    run_dir = runs.copy_inputs(whole, tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); "
+         "print('held', flush=True); time.sleep(float(sys.argv[2]))", str(run_dir / ".lock"), "60"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            run(run_dir, steps=2, rank_limit_s=0.5)
+        assert not (run_dir / "run.json").exists()
+        threading.Timer(2, holder.kill).start()
+        run(run_dir, steps=2, rank_limit_s=60)  # it waits for the other one to end
+    finally:
+        holder.kill()
+        holder.wait()
+    assert runs.num_lines(run_dir) == 2
 
 
 def test_too_many_rollbacks_and_no_checkpoint_to_go_back_to_are_errors(whole, tmp_path, reads):
