@@ -1,4 +1,4 @@
-"""Named configurations of the whole pipeline: debug, demo, small, ablation_3b, ultra_sparse."""
+"""Named configurations of the whole pipeline: debug, debug_stages, demo, small, ablation_3b, ultra_sparse."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.sizes import ModelSizes
 from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
 from ernie_elastic.training.configuration import TrainingConfig
+from ernie_elastic.training.curriculum import paper_stages
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
 from ernie_elastic.training.tokenizer_visual_patch import VisualTrainingConfig
@@ -92,6 +93,7 @@ def demo() -> RunConfig:
             zero_stage=0,
             learning_rate=1.5e-3,
             checkpoint_every=350,
+            log_every=50,
         ),
         elastic=ElasticConfig(layer_policy="uniform", start_share=0.5),
     )
@@ -115,6 +117,18 @@ def debug() -> RunConfig:
         prepare=PrepareConfig(world=DEMO_WORLD, num_records=400, records_per_shard=200),
         training=dataclasses.replace(
             SHORT_RUN, steps=20, rows_per_step=8, checkpoint_every=10, schedule=Schedule(warmup_steps=5)
+        ),
+    )
+
+
+def debug_stages() -> RunConfig:
+    """Seconds on a CPU: the report's stages, chained, at smoke size: a growing batch, then mid-training."""
+    run = debug()
+    return dataclasses.replace(
+        run,
+        run_dir=Path("runs/debug_stages"),
+        training=dataclasses.replace(
+            run.training, stages=paper_stages(5, ramp_tokens=40_000, mid_share=0.3), rows_per_step=4
         ),
     )
 
@@ -160,9 +174,7 @@ def ablation_3b() -> RunConfig:
             video_window=8,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
-        training=TrainingConfig(
-            steps=20_000, rows_per_step=64, learning_rate=1e-4, bias_speed=1e-4, schedule=Schedule(warmup_steps=2000)
-        ),
+        training=TrainingConfig(steps=20_000, rows_per_step=64, learning_rate=1e-4, stages=paper_stages()),
     )
 
 
@@ -184,10 +196,14 @@ def ultra_sparse() -> RunConfig:
             video_window=8,
         ),
         prepare=PrepareConfig(num_records=200_000, row_length=8192),
+        # The batch grows from 2 M to 8 M positions (paper: 14 M to 56 M) over the first 10 G.
         training=TrainingConfig(
-            steps=100_000, rows_per_step=256, learning_rate=1e-4, bias_speed=1e-4, schedule=Schedule(warmup_steps=2000)
+            steps=100_000, rows_per_step=256, learning_rate=1e-4, stages=paper_stages(ramp_tokens=10_000_000_000)
         ),
     )
 
 
-PRESETS = {"debug": debug, "demo": demo, "small": small, "ablation_3b": ablation_3b, "ultra_sparse": ultra_sparse}
+PRESETS = {
+    "debug": debug, "debug_stages": debug_stages, "demo": demo, "small": small, "ablation_3b": ablation_3b,
+    "ultra_sparse": ultra_sparse,
+}  # fmt: skip

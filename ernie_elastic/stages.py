@@ -159,6 +159,16 @@ def stage_output(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_tree(directory: Path) -> None:
+    """Wait until the disk has every file and folder below `directory`, names included."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def publish_directory(temporary: Path, path: Path) -> None:
     """Move a finished directory to its final name; an older one under that name goes only after the move.
 

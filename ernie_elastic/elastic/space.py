@@ -24,7 +24,9 @@ class ElasticConfig:
     min_depth: smallest share of the layers that is drawn. expert_shares: shares of the experts that are drawn
     (paper: the ablation draws one half). layer_policy: which layers stay. start_share: this share of a run's
     steps trains the full model first (ours: a short run learns little while it shrinks). enabled: False does so
-    throughout.
+    throughout. per_micro_batch: a spec of its own for each micro-batch of a step, the same on all ranks (paper: sampled
+    "per training instance"; ours: per step is the default, since one step then has one meaning). sandwich: the
+    micro-batches of a step are the full model, the smallest one, then random ones. peer: slimmable networks.
     """
 
     enabled: bool = True
@@ -35,11 +37,15 @@ class ElasticConfig:
     expert_shares: tuple[float, ...] = (0.5,)
     layer_policy: LayerPolicy = "random"
     start_share: float = 0.0
+    per_micro_batch: bool = False
+    sandwich: bool = False
 
     def __post_init__(self) -> None:
         for name in ("full_depth", "full_width", "full_sparsity", "min_depth", "start_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"elastic.{name} {getattr(self, name)} must lie in 0..1")
+        if self.per_micro_batch and self.sandwich:
+            raise ConfigError("elastic: per_micro_batch and sandwich each choose the specs of a step; switch one off")
         if not self.expert_shares or not all(0.0 < share <= 1.0 for share in self.expert_shares):
             raise ConfigError(f"elastic.expert_shares {self.expert_shares} must all lie in (0, 1]")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 
@@ -55,6 +56,15 @@ class UniRotary(nn.Module):
             angles_BTP = position[..., self.axis_P] * self.inv_freq.float()
         cos_BTP, sin_BTP = angles_BTP.cos(), angles_BTP.sin()
         return cos_BTP, sin_BTP, None if torch.compiler.is_compiling() else torch.complex(cos_BTP, sin_BTP)
+
+
+def set_rope_base(model: PreTrainedModel, base: float) -> None:
+    """Give a model another base of its rotary positions, in its config too; nothing when it has it already."""
+    for module in model.modules():
+        if isinstance(module, UniRotary) and module.base != base:
+            module.base = base
+            module.inv_freq.copy_(rotary_frequencies(base, module.head_dim))
+            model.config.rope_parameters["rope_theta"] = base
 
 
 def rotary_frequencies(base: float, head_dim: int) -> torch.Tensor:

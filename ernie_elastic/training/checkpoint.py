@@ -7,39 +7,68 @@ fp32 masters, whose SHA-256 are compared before it is read.
 from __future__ import annotations
 
 import copy
+import json
 import logging
-import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from ernie_elastic.data.tokenise import Tokenizers
 from ernie_elastic.errors import CheckpointError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.stages import (
-    directory_hash,
-    disk_error,
-    publish_directory,
-    read_manifest,
-    sha256_file,
-    system_error,
-    write_atomic,
-    write_json,
-    write_manifest,
-)
+from ernie_elastic.stages import directory_hash, read_manifest, sha256_file
 from ernie_elastic.training.balance import RoutingLedger
 from ernie_elastic.training.engine import Engine
+from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance
-from ernie_elastic.training.ranks import barrier, rank
+from ernie_elastic.training.ranks import from_rank0
+from ernie_elastic.training.spikes import SpikeConfig, SpikeWatch
 
 log = logging.getLogger(__name__)
 MODEL_STAGE = "pretrain"
 LEDGER_FILE = "routed_mass.safetensors"
 STATE_FILE = "trainer_state.json"
+CHECKSUM_FILE = "checksums.json"
+
+
+@dataclass
+class TrainerState:
+    """What a run remembers beside its engine: routed mass, loss weights, and the guards' counters."""
+
+    ledger: RoutingLedger
+    balance: LossBalance
+    guard: StepGuard
+    spikes: SpikeWatch = field(default_factory=lambda: SpikeWatch(SpikeConfig()))
+
+    def to_json(self, step: int) -> dict[str, Any]:
+        """What `trainer_state.json` holds after `step` finished steps."""
+        return {
+            "step": step,
+            "loss_ema": dict(self.balance.ema),
+            "guard": self.guard.to_json(),
+            "spikes": self.spikes.to_json(),
+        }
+
+    def load(self, state: dict[str, Any], mass_LE: torch.Tensor) -> int:
+        """Take over a checkpoint's state and its routed mass float64 [L, E]; returns the finished steps."""
+        self.ledger.mass_LE.copy_(mass_LE)
+        self.balance.ema = {name: float(value) for name, value in state.get("loss_ema", {}).items()}
+        self.guard.load_json(state.get("guard", {}))
+        self.spikes.load_json(state.get("spikes", {}))
+        return int(state["step"])
+
+
+def export_dtype(
+    name: str, tensor: torch.Tensor, parameters: Collection[str], dtype: torch.dtype = torch.bfloat16
+) -> torch.dtype:
+    """The dtype in which a tensor of any shape is stored: `dtype` for parameters, its own for buffers (the balance bias
+    stays fp32)."""
+    return dtype if tensor.is_floating_point() and name in parameters else tensor.dtype
 
 
 def export_model(
@@ -54,13 +83,31 @@ def export_model(
     whole: every tensor of the model by its name, each of its own shape [...], where the model itself holds a part of
     them (`Engine.full_state_dict`).
     """
-    with torch.device("meta"):
-        skeleton = ErnieElasticForCausalLM(copy.deepcopy(model.config))
-    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    parameters = parameter_names(model.config)
     state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() and name in parameters else tensor.dtype)
+        name: tensor.detach().to("cpu", export_dtype(name, tensor, parameters, dtype))
         for name, tensor in (model.state_dict() if whole is None else whole).items()
     }
+    write_model(model.config, state, directory, tokenizers, dtype)
+
+
+def parameter_names(config: Any) -> set[str]:
+    """Names of all parameters of a config's model, tied ones too, wherever their tensors lie."""
+    with torch.device("meta"):
+        skeleton = ErnieElasticForCausalLM(copy.deepcopy(config))
+    return {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+
+
+def write_model(
+    config: Any,
+    state: dict[str, torch.Tensor],
+    directory: Path,
+    tokenizers: Tokenizers | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a Transformers directory of a config and its state dict, whose tensors have any shape and their dtype."""
+    with torch.device("meta"):
+        skeleton = ErnieElasticForCausalLM(copy.deepcopy(config))
     for parameter in skeleton.parameters():
         parameter.data = parameter.data.to(dtype)
     skeleton.load_state_dict(state, assign=True)
@@ -72,97 +119,40 @@ def export_model(
         tokenizers.text.hf.save_pretrained(directory)
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    engine: Engine,
-    state: tuple[RoutingLedger, LossBalance],
-    tokenizers: Tokenizers | None,
-    config: Any,
-    keep: int,
-) -> Path:
-    """Write `step-N` as a whole, then move `latest`. Every rank calls it; returns the directory.
-
-    Raises CheckpointError on a full disk; the checkpoints before stay as they are.
-    """
-    root = run_dir / "checkpoints"
-    final, temporary = root / f"step-{step}", root / f".step-{step}.tmp"
-    try:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier()
-        engine.save_state(temporary / "optimizer")
-        whole = engine.full_state_dict()
-        if rank() == 0:
-            _write_rank0(temporary, step, engine, state, tokenizers, config, whole)
-            publish_directory(temporary, final)
-            write_atomic(root / "latest", f"step-{step}\n")
-            _remove_old(root, keep)
-        barrier()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if (cause := system_error(error, root)) is None:
-            raise
-        message = disk_error(cause, final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise message from error
-    return final
-
-
-def _write_rank0(
-    temporary: Path,
-    step: int,
-    engine: Engine,
-    state: tuple[RoutingLedger, LossBalance],
-    tokenizers: Tokenizers | None,
-    config: Any,
-    whole: dict[str, torch.Tensor],
-) -> None:
-    ledger, balance = state
-    optimizer = temporary / "optimizer"
-    save_file({"mass_LE": ledger.mass_LE}, optimizer / LEDGER_FILE)
-    write_json(optimizer / STATE_FILE, {"step": step, "loss_ema": balance.ema})
-    table = {
-        str(file.relative_to(optimizer)): sha256_file(file) for file in sorted(optimizer.rglob("*")) if file.is_file()
-    }
-    write_json(optimizer / "checksums.json", table)
-    model_dir = temporary / "model"
-    export_model(engine.model, model_dir, tokenizers, whole=whole)
-    save_file({"mass_LE": ledger.mass_LE}, model_dir / LEDGER_FILE)
-    write_manifest(model_dir, MODEL_STAGE, config, extra={"step": step})
-
-
-def _remove_old(root: Path, keep: int) -> None:
-    for step in list_steps(root)[: -max(1, keep)]:
-        shutil.rmtree(root / f"step-{step}", ignore_errors=True)
-
-
 def list_steps(root: Path) -> list[int]:
     """Steps of the finished checkpoints below `root`, increasing."""
     return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that `latest` names; None for a run without one. A damaged one falls back to the one before."""
-    root = run_dir / "checkpoints"
+def latest_checkpoint(run_dir: Path, at_most: int | None = None) -> Path | None:
+    """The newest whole checkpoint, beginning with the one that `latest` names; None for a run without one.
+
+    Every rank calls it: rank 0 reads and compares all files' SHA-256, the others are told. A damaged checkpoint falls
+    back to the one before, with a warning. at_most: no step beyond this one.
+    """
+    return from_rank0(lambda: _newest_whole(run_dir / "checkpoints", at_most))
+
+
+def _newest_whole(root: Path, at_most: int | None) -> Path | None:
     if not (root / "latest").exists():
         return None
     named = (root / "latest").read_text().strip()
-    candidates = [named, *(f"step-{step}" for step in reversed(list_steps(root)))]
-    for name in dict.fromkeys(candidates):
+    names = dict.fromkeys([named, *(f"step-{step}" for step in reversed(list_steps(root)))])
+    usable = [name for name in names if at_most is None or int(name[5:]) <= at_most]
+    for name in usable:
         if (problem := checkpoint_problem(root / name)) is None:
             return root / name
         log.warning("checkpoint %s is damaged (%s); trying the one before", root / name, problem)
-    raise CheckpointError(f"{root} holds no undamaged checkpoint; start the run anew with --overwrite")
+    if at_most is not None:
+        return None
+    raise CheckpointError(f"{root} holds no undamaged checkpoint; remove {root} to start the run anew")
 
 
 def checkpoint_problem(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    import json
-
+    """What is wrong with a checkpoint, or None: every file of it is read and compared with its recorded SHA-256."""
     try:
-        read_manifest(directory / "model", (MODEL_STAGE,))
-        table = json.loads((directory / "optimizer" / "checksums.json").read_text())
+        read_manifest(directory / "model", (MODEL_STAGE,), verify=True)
+        table = json.loads((directory / "optimizer" / CHECKSUM_FILE).read_text())
     except (CheckpointError, OSError, ValueError) as error:
         return str(error)
     for name, digest in table.items():
@@ -172,24 +162,21 @@ def checkpoint_problem(directory: Path) -> str | None:
     return None
 
 
-def load_checkpoint(directory: Path, engine: Engine, ledger: RoutingLedger, balance: LossBalance) -> int:
+def load_checkpoint(directory: Path, engine: Engine, state: TrainerState) -> int:
     """Load a checked checkpoint into the engine and the trainer's state; returns the number of finished steps."""
-    import json
-
     engine.load_state(directory / "optimizer")
-    ledger.mass_LE.copy_(load_file(directory / "optimizer" / LEDGER_FILE)["mass_LE"])
-    state = json.loads((directory / "optimizer" / STATE_FILE).read_text())
-    balance.ema = {name: float(value) for name, value in state.get("loss_ema", {}).items()}
-    return int(state["step"])
+    mass_LE = load_file(directory / "optimizer" / LEDGER_FILE)["mass_LE"]
+    return state.load(json.loads((directory / "optimizer" / STATE_FILE).read_text()), mass_LE)
 
 
 __all__ = [
     "MODEL_STAGE",
+    "TrainerState",
     "checkpoint_problem",
     "directory_hash",
     "export_model",
     "latest_checkpoint",
     "list_steps",
     "load_checkpoint",
-    "save_checkpoint",
+    "write_model",
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from ernie_elastic.data.augmentation import Augmentation
 from ernie_elastic.errors import ConfigError
+from ernie_elastic.training.curriculum import TrainingStage
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
+from ernie_elastic.training.spikes import SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class TrainingConfig:
     limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
     older ones are removed. skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a
     row end the run with the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
+    rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch). async_checkpoint:
+    write checkpoints in a thread while training goes on, for the state once more in host memory; False: at once.
+    spikes: loss-spike rollback. stages: replace schedule and set batch, RoPE base, bias speed and MTP weight for
+    parts of the run; chosen by presets. log_every: steps between printed lines, 0 = none (metrics.jsonl has every
+    step). tensorboard: event files beside metrics.jsonl.
     """
 
     steps: int = 1000
@@ -65,9 +74,15 @@ class TrainingConfig:
     stop_after: int = 0
     keep_checkpoints: int = 2
     skip_limit: int = 10
-    log_every: int = 10
+    log_every: int = 1
     wandb: Literal["off", "offline", "online"] = "off"
     step_limit_s: float = 600.0
+    # What keeps a run safe and says how it goes.
+    rank_limit_s: float = 45.0
+    async_checkpoint: bool = True
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    stages: Annotated[tuple[TrainingStage, ...], tyro.conf.Suppress] = ()
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.skip_limit < 0:

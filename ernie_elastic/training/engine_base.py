@@ -16,6 +16,7 @@ from ernie_elastic.modeling.expert_parallel import ExpertShard
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.sequence_parallel import SequenceShard
 from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
+from ernie_elastic.training.accumulation import Specs
 from ernie_elastic.training.losses import combine
 from ernie_elastic.training.ranks import all_reduce_sum
 
@@ -74,9 +75,11 @@ class Engine(ABC):
 
     @abstractmethod
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         """One optimizer step over the micro-batches; returns their results and the gradient norm before clipping.
+
+        spec: one for all of them, or one for each. Their number may differ from step to step.
 
         A step whose loss or gradient is not finite is not applied on any rank; its norm is inf or NaN. weights float32
         [5]: of the losses, in the order of LOSSES (default: the configuration's fixed ones).

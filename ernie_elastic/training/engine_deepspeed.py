@@ -21,7 +21,8 @@ from typing_extensions import override
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
 from ernie_elastic.modeling.sequence_parallel import SequenceShard
-from ernie_elastic.schema import PackedBatch, SubModelSpec
+from ernie_elastic.schema import PackedBatch
+from ernie_elastic.training.accumulation import Specs, accumulate_over, specs_of
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine_base import Engine, LossModule, MicroResult
 from ernie_elastic.training.engine_config import deepspeed_config, own_clipping
@@ -64,14 +65,16 @@ class DeepSpeedEngine(Engine):
 
     @override
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         results = []
         weights = self.training.loss_weights.vector() if weights is None else weights
         set_learning_rate(self.engine.optimizer.param_groups, lr)
-        norm = 0.0
+        norm, parts = 0.0, specs_of(spec, len(batches))
+        accumulate_over(self.engine, len(batches))
         for number, batch in enumerate(batches, start=1):
-            loss, result = self.engine(batch.to(self.device), spec, weights)
+            self.engine.set_gradient_accumulation_boundary(number == len(batches))
+            loss, result = self.engine(batch.to(self.device), parts[number - 1], weights)
             self.engine.backward(loss)
             if self.experts is not None:
                 self.experts.collect()

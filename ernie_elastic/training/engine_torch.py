@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from ernie_elastic.errors import CheckpointError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.schema import PackedBatch, SubModelSpec
+from ernie_elastic.schema import PackedBatch
+from ernie_elastic.training.accumulation import Specs, specs_of
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine_base import Engine, LossModule, MicroResult
 from ernie_elastic.training.engine_config import deepspeed_config
@@ -45,12 +46,12 @@ class TorchEngine(Engine):
 
     @override
     def train_step(
-        self, batches: list[PackedBatch], spec: SubModelSpec, lr: float, weights: torch.Tensor | None = None
+        self, batches: list[PackedBatch], spec: Specs, lr: float, weights: torch.Tensor | None = None
     ) -> tuple[list[MicroResult], float]:
         results = []
         weights = self.training.loss_weights.vector() if weights is None else weights
-        for batch in batches:
-            loss, result = self.module(batch.to(self.device), spec, weights)
+        for batch, part in zip(batches, specs_of(spec, len(batches)), strict=True):
+            loss, result = self.module(batch.to(self.device), part, weights)
             (loss / len(batches)).backward()
             self.masters.collect()
             if self.experts is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from ernie_elastic.errors import TrainingError
 
@@ -17,6 +18,15 @@ class StepGuard:
     def __init__(self, limit: int) -> None:
         self.limit, self.skipped = limit, 0
         self._in_a_row: list[int] = []
+
+    def to_json(self) -> dict[str, Any]:
+        """The counters, for a checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": list(self._in_a_row)}
+
+    def load_json(self, state: dict[str, Any]) -> None:
+        """Inverse of `to_json`; an empty dict resets the counters."""
+        self.skipped = int(state.get("skipped", 0))
+        self._in_a_row = [int(step) for step in state.get("in_a_row", [])]
 
     def applied(self, step: int, norm: float, rows_of: Callable[[int], list[int]]) -> bool:
         """Take in a step's gradient norm before clipping; False when the step was not applied.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -31,7 +34,10 @@ def device() -> torch.device:
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks of a tensor of any shape, in place; the tensor itself without a process group."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
+        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":  # NCCL takes what lies on its GPU alone
+            tensor.copy_(all_reduce_sum(tensor.to(device())))
+        else:
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -39,6 +45,22 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def from_rank0(make: Callable[[], Value]) -> Value:
+    """What `make` returns on rank 0, on every rank; an error that it raises there is raised on all."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def start_group(limit_s: float) -> None:
@@ -50,10 +72,11 @@ def start_group(limit_s: float) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=limit_s))
 
 
-def shut_down() -> None:
+def shut_down(when_all_are_done: Callable[[], None] = lambda: None) -> None:
     """Leave together: without the barrier one rank may end first and the launcher reports a failure."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        when_all_are_done()
         dist.destroy_process_group()
 
 

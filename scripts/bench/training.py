@@ -1,8 +1,11 @@
-"""Elastic steps against full steps, and packed rows against one padded document a row.
+"""Elastic steps against full steps, packed rows against padded ones, checkpoints, waiting for data, ranks.
 
 `full_step`: seconds of a step of the whole model at the same rows; ours is the mean over the specs that the sampler
-draws. `padded`: positions a second when every document has a row of its own, padded to the longest.
-Documents are random, of the seven kinds that the demo judges; one process, plain-torch engine.
+draws. `flop_share`: that times the active sub-models' share of the operations (`training/flops.py`). `padded`: when
+every document has a row of its own, padded to the longest. `at_once`: a checkpoint that the training waits for.
+`one_rank`, `one_rank_two_threads`: the same global batch in one process. `step`: seconds of a whole step.
+Documents are random, of the seven kinds that the demo judges; one process, plain-torch engine, but for the rows of
+`training_runs`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 
 from bench.common import Row, interleave
+from bench.training_runs import checkpoint_rows, run_rows
 from ernie_elastic.data.grouping import build_document
 from ernie_elastic.data.layout import Document, Layout
 from ernie_elastic.data.packing import collate, pack_lengths
@@ -25,8 +29,9 @@ from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.schema import PackedBatch, SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine
+from ernie_elastic.training.flops import StepFlops
 
-PEERS = ("full_step", "padded")
+PEERS = ("full_step", "flop_share", "padded", "at_once", "one_rank", "one_rank_two_threads", "step")
 ROW_LENGTH = 256
 SCALES = [[1, 1], [2, 2], [4, 4], [4, 4]]
 
@@ -75,25 +80,27 @@ def packed(items: list[Document]) -> PackedBatch:
 
 
 def run(quick: bool) -> list[Row]:
-    """Both rows."""
+    """All rows."""
     torch.manual_seed(0)
     config = model_config(quick)
     model = ErnieElasticForCausalLM(config)
     engine = TorchEngine(model, TrainingConfig(engine="torch", rows_per_step=1))
     items = documents(layout_of(config), 21 if quick else 42)
     batch, padded, full = packed(items), collate([[item] for item in items]), config.full_spec()
-    specs = [sample_spec(ElasticConfig(), config, 0, step) for step in range(8 if quick else 32)]
+    specs = [sample_spec(ElasticConfig(), config, 0, step) for step in range(6 if quick else 32)]
 
     def step(target: PackedBatch, spec: SubModelSpec) -> Any:
         return engine.train_step([target], spec, 1e-4)
 
-    repeats = 4 if quick else 12
-    seconds = interleave(
+    repeats = 3 if quick else 12
+    flops = StepFlops(config, ROW_LENGTH)
+    share = sum(flops.per_position(spec) for spec in specs) / len(specs) / flops.per_position(full)
+    mean = interleave(
         {
-            "elastic": lambda _: [step(batch, spec) for spec in specs[:4]],
-            "full": lambda _: [step(batch, full) for _ in range(4)],
+            "elastic": lambda _: [step(batch, spec) for spec in specs],
+            "full": lambda _: [step(batch, full) for _ in specs],
         },
-        repeats // 4,
+        1 if quick else 3,
     )
     distinct = sorted({spec for spec in specs if spec != full}, key=lambda spec: spec.label())
     reduced = interleave(
@@ -102,11 +109,22 @@ def run(quick: bool) -> list[Row]:
     )
     layouts = interleave({"packed": lambda _: step(batch, full), "padded": lambda _: step(padded, full)}, repeats)
     positions = batch.num_positions
+    lengths = [len(item) for item in documents(layout_of(config), 2000)]
+    rows = len(pack_lengths(lengths, ROW_LENGTH))
     return [
-        Row("4 sampled steps", seconds["elastic"], {"full_step": seconds["full"]}, "s", False),
+        Row(
+            f"mean of {len(specs)} sampled steps", mean["elastic"] / len(specs),
+            {"flop_share": share * mean["full"] / len(specs), "full_step": mean["full"] / len(specs)}, "s", False,
+        ),
         Row("a reduced step", reduced["reduced"], {"full_step": reduced["full"]}, "s", False),
         Row(
             f"{len(items)} documents", positions / layouts["packed"], {"padded": positions / layouts["padded"]},
             "positions/s", True,
         ),
+        Row(
+            "packing of 2,000 documents", 100 * sum(lengths) / rows / ROW_LENGTH,
+            {"padded": 100 * sum(lengths) / len(lengths) / max(lengths)}, "% filled", True,
+        ),
+        *checkpoint_rows(engine, lambda: step(batch, full), quick),
+        *([] if quick else run_rows()),
     ]  # fmt: skip

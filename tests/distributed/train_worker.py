@@ -22,9 +22,11 @@ from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.modeling.loading import choose_experts_back_end
 from ernie_elastic.training import engine_deepspeed
 from ernie_elastic.training.balance import RoutingLedger, routers, update_bias
-from ernie_elastic.training.checkpoint import save_checkpoint
+from ernie_elastic.training.checkpoint import TrainerState
+from ernie_elastic.training.checkpoint_writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import make_engine
+from ernie_elastic.training.guard import StepGuard
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights
 from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model
@@ -128,8 +130,11 @@ def main() -> None:
     if job["save"]:
         trainer.engine.save_state(Path(job["save"]))
     if job["run_dir"]:
-        state = (trainer.ledger, LossBalance(LossWeights(), PosteriorWeights()))
-        save_checkpoint(Path(job["run_dir"]), job["steps"], trainer.engine, state, None, {}, keep=1)
+        balance = LossBalance(LossWeights(), PosteriorWeights())
+        state = TrainerState(trainer.ledger, balance, StepGuard(trainer.training.skip_limit))
+        writer = CheckpointWriter(Path(job["run_dir"]), None, {}, keep=1)
+        writer.save(job["steps"], trainer.engine, state)
+        writer.wait()
     weights = trainer.engine.full_state_dict()
     bias = [gate.e_score_correction_bias.tolist() for gate in routers(trainer.engine.model).values()]
     if rank() == 0:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from functools import cache
 
 import pytest
 
-from ernie_elastic.elastic.sampler import sample_spec
+from ernie_elastic.elastic.sampler import sample_spec, sample_specs
 from ernie_elastic.elastic.space import ElasticConfig
+from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig
 from ernie_elastic.schema import SubModelSpec
 
@@ -129,3 +131,32 @@ def test_the_first_share_of_a_run_and_a_disabled_sampler_are_full():
     assert all(sample_spec(late, CONFIG, 0, step, 400) == full for step in range(100))
     assert any(sample_spec(late, CONFIG, 0, step, 400) != full for step in range(100, 120))
     assert all(sample_spec(ElasticConfig(enabled=False), CONFIG, 0, step) == full for step in range(100))
+
+
+def test_micro_batches_may_have_specs_of_their_own_the_same_on_every_rank():
+    elastic = ElasticConfig(per_micro_batch=True)
+    drawn = [sample_specs(elastic, CONFIG, 3, step, 0, 4) for step in range(400)]
+    assert drawn == [sample_specs(elastic, CONFIG, 3, step, 0, 4) for step in range(400)]
+    assert sum(len(set(specs)) > 1 for specs in drawn) > 300
+    flat = [spec for specs in drawn for spec in specs]
+    share = sum(len(spec.layers) == CONFIG.num_hidden_layers for spec in flat) / len(flat)
+    assert share == pytest.approx(0.75, abs=0.04), "each micro-batch follows the distribution of steps"
+    one = [sample_specs(ElasticConfig(), CONFIG, 3, step, 0, 4) for step in range(50)]
+    assert one == [[sample_spec(ElasticConfig(), CONFIG, 3, step)] * 4 for step in range(50)]
+
+
+def test_a_sandwich_is_the_full_model_the_smallest_and_random_ones():
+    elastic, full = ElasticConfig(sandwich=True, min_depth=0.5, expert_shares=(0.5, 0.75)), CONFIG.full_spec()
+    for step in range(100):
+        first, second, *rest = sample_specs(elastic, CONFIG, 0, step, 0, 4)
+        assert first == full and len(rest) == 2
+        assert second.top_k == 1 and second.num_experts == round(0.5 * CONFIG.num_experts)
+        assert len(second.layers) == min(len(spec.layers) for spec in (first, second, *rest))
+        for spec in rest:
+            assert spec.top_k <= full.top_k and len(spec.layers) < len(full.layers)
+    with pytest.raises(ConfigError, match="a sandwich needs at least 2 micro-batches in a step, it has 1"):
+        sample_specs(elastic, CONFIG, 0, 0, 0, 1)
+    late = dataclasses.replace(elastic, start_share=0.5)
+    assert sample_specs(late, CONFIG, 0, 4, 10, 2) == [full] * 2, "the full model alone comes first"
+    with pytest.raises(ConfigError, match="switch one off"):
+        ElasticConfig(per_micro_batch=True, sandwich=True)

@@ -18,7 +18,8 @@ from ernie_elastic.presets import PRESETS
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.training import engine_base as engine_module
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
-from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, save_checkpoint
+from ernie_elastic.training.checkpoint import TrainerState, checkpoint_problem, latest_checkpoint
+from ernie_elastic.training.checkpoint_writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine, deepspeed_config
 from ernie_elastic.training.guard import StepGuard
@@ -136,8 +137,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(value, monkeypatch):
 def make_checkpoint(run_dir, step, seed=0):
     model = tiny_model(seed)
     engine = TorchEngine(model, TrainingConfig(engine="torch", rows_per_step=1))
-    state = (RoutingLedger(6, 6), LossBalance(LossWeights(), PosteriorWeights()))
-    return save_checkpoint(run_dir, step, engine, state, None, {"seed": seed}, keep=3), model
+    state = TrainerState(RoutingLedger(6, 6), LossBalance(LossWeights(), PosteriorWeights()), StepGuard(3))
+    writer = CheckpointWriter(run_dir, None, {"seed": seed}, keep=3)
+    checkpoint = writer.save(step, engine, state)
+    writer.wait()
+    return checkpoint, model
 
 
 def test_a_checkpoint_loads_bit_equal_with_an_empty_report(tmp_path):

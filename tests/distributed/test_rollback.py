@@ -1,0 +1,108 @@
+"""A run that meets data which makes its loss rise: back to the checkpoint before, around that data, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from ernie_elastic.data.loader import PackedLoader
+from ernie_elastic.errors import CheckpointError, TrainingError
+from ernie_elastic.pipeline.pretrain import run_pretrain
+from ernie_elastic.presets import debug
+from ernie_elastic.training import loop
+from ernie_elastic.training.record import mean_losses
+from ernie_elastic.training.spikes import SpikeConfig
+from tests.support import pretrain_runs as runs
+
+pytestmark = pytest.mark.distributed
+POISON = range(17, 19)  # units of data; two steps in a row are a spike
+STEPS = 30
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """The units that the loader reads; losses of a step that read a poisoned one are five times as high."""
+    reads: list[int] = []
+    read, step = PackedLoader.step, loop._Run.step
+
+    def noted(self, unit):
+        reads.append(unit)
+        return read(self, unit)
+
+    def poisoned(self, number, batches, waited=0.0):
+        if set(self._units_of(number)) & set(POISON):
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "mean_losses", lambda results: {k: 5 * v for k, v in mean_losses(results).items()})
+                return step(self, number, batches, waited)
+        return step(self, number, batches, waited)
+
+    monkeypatch.setattr(PackedLoader, "step", noted)
+    monkeypatch.setattr(loop._Run, "step", poisoned)
+    return reads
+
+
+def run(run_dir, **changes):
+    config = debug()
+    training = dataclasses.replace(
+        config.training, engine="torch", rows_per_step=2, log_every=0,
+        **{"steps": STEPS, "checkpoint_every": 5, "spikes": SpikeConfig(factor=1.8, steps=2, window=20), **changes},
+    )  # fmt: skip
+    run_pretrain("debug", dataclasses.replace(config, run_dir=run_dir, training=training))
+
+
+@pytest.mark.parametrize(("every", "back"), [(5, 15), (2, 16)])  # the second has a checkpoint inside the spike
+def test_the_run_goes_back_and_around_and_a_resume_meets_the_same(whole, tmp_path, reads, every, back):
+    once = runs.copy_inputs(whole, tmp_path / "once")
+    run(once, checkpoint_every=every)
+    records = runs.records(once)
+    events = [record for record in records if "event" in record]
+    assert len(events) == 1
+    assert {k: events[0][k] for k in ("event", "step", "spike_step", "skipped_rows")} == {
+        "event": "rollback", "step": back, "spike_step": 18, "skipped_rows": 2 * (19 - back),
+    }  # fmt: skip
+    steps = [record["step"] for record in records if "event" not in record]
+    assert steps == list(range(STEPS)), "every step once: those of the spike are gone"
+    assert json.loads((once / "rollbacks.json").read_text()) == [
+        {"step": back, "spike": 18, "skipped_units": 19 - back}
+    ]
+    after = reads[reads.index(18) + 2 :]  # the feed reads one ahead
+    assert after == list(range(19, STEPS + 19 - back)), "it reads what follows the spike"
+    parts = runs.copy_inputs(whole, tmp_path / "parts")
+    for _ in range(STEPS // (3 * every)):
+        run(parts, stop_after=3 * every, checkpoint_every=every)
+    assert runs.records(parts) == records
+
+
+def test_two_runs_in_one_directory_do_not_mix(whole, tmp_path):
+    run_dir = runs.copy_inputs(whole, tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); "
+         "print('held', flush=True); time.sleep(float(sys.argv[2]))", str(run_dir / ".lock"), "60"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            run(run_dir, steps=2, rank_limit_s=0.5)
+        assert not (run_dir / "run.json").exists()
+        threading.Timer(2, holder.kill).start()
+        run(run_dir, steps=2, rank_limit_s=60)  # it waits for the other one to end
+    finally:
+        holder.kill()
+        holder.wait()
+    assert runs.num_lines(run_dir) == 2
+
+
+def test_too_many_rollbacks_and_no_checkpoint_to_go_back_to_are_errors(whole, tmp_path, reads):
+    with pytest.raises(TrainingError, match=r"after 0 rollbacks already .limit 0"):
+        run(
+            runs.copy_inputs(whole, tmp_path / "none"),
+            spikes=SpikeConfig(factor=1.8, steps=2, window=20, max_rollbacks=0),
+        )
+    with pytest.raises(TrainingError, match="no checkpoint is older"):
+        run(runs.copy_inputs(whole, tmp_path / "young"), checkpoint_every=50)
