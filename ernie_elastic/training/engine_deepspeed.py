@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -274,12 +275,16 @@ def sequence_shard(size: int) -> SequenceShard | None:
 
 
 def _default_launcher_environment() -> None:
+    """Without a launcher: one process, on a port that is free, so that two runs on a machine do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "29511"),
+        ("MASTER_PORT", str(port)),
     ):
         os.environ.setdefault(name, value)
 
