@@ -11,6 +11,7 @@ import torch
 from ernie_elastic.elastic.extract import extract_model
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.schema import SubModelSpec
+from ernie_elastic.training.accumulation import one_or_all, specs_of
 from ernie_elastic.training.balance import eligible_load, load_max_over_mean, update_bias
 from ernie_elastic.training.flops import Peak, StepFlops, device_peak
 from ernie_elastic.training.metrics import MetricsWriter, read_metrics, scalars
@@ -124,6 +125,13 @@ def test_a_line_says_what_a_step_did():
         "load 2.50, 3 dead bias 0.0040 | 1234 tok/s MFU 31.0% data 1.0% 1.50 GiB | 0:01:01 left"
     )
     assert line_of({"step": 4, "skipped": True}, 9) == "step 5/9 skipped: its loss or gradient is not finite"
+
+
+def test_a_step_takes_one_spec_or_one_for_each_micro_batch():
+    assert specs_of(FULL, 2) == [FULL, FULL] and specs_of([FULL, SPARSE], 2) == [FULL, SPARSE]
+    assert one_or_all([FULL, FULL]) == FULL and one_or_all([FULL, SPARSE]) == [FULL, SPARSE]
+    with pytest.raises(ConfigError, match="2 sub-model specs for 3 micro-batches"):
+        specs_of([FULL, SPARSE], 3)
 
 
 def test_load_of_an_expert_is_its_mean_over_the_micro_batches_that_had_it():
