@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ernie_elastic.errors import CheckpointError
-from ernie_elastic.stages import disk_error, fingerprint, publish_directory, say, write_json, write_manifest
+from ernie_elastic.stages import (
+    disk_error,
+    fingerprint,
+    publish_directory,
+    recover_published,
+    say,
+    write_json,
+    write_manifest,
+)
 
 SETTINGS_NAME, LOCK_NAME = "settings.json", "lock"
 
@@ -53,13 +61,14 @@ def resumable_output(
     when `path` exists and `overwrite` is False, when another process is at work on it, or when the disk is full.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already; pass --overwrite to replace it, or choose another --out")
+    recover_published(path)
+    check_free(path, overwrite)
     partial = PartialOutput(path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.progress"))
     extra = {} if extra is None else extra
     settings = {"stage": stage, "config": config if decisive is None else decisive, "inputs": inputs}
     try:
         with _locked(partial.notes, path):
+            check_free(path, overwrite)  # another process may have made it in the meantime
             _begin(partial, settings)
             try:
                 yield partial
@@ -73,22 +82,46 @@ def resumable_output(
             publish_directory(partial.target, path)
             shutil.rmtree(partial.notes, ignore_errors=True)
     except OSError as error:
-        raise disk_error(error, path, again=partial.notes.exists()) from error
+        again, read = partial.notes.exists(), error.filename and Path(os.fsdecode(error.filename))
+        if read and not {partial.target, partial.notes, path} & {read, *read.parents}:
+            kept = "; what is done is kept: run the same command again" if again else ""
+            raise CheckpointError(f"cannot use {read}: {error.strerror}; mend it or its rights{kept}") from error
+        raise disk_error(error, path, again=again) from error
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """CheckpointError when `path` exists and must not be replaced."""
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already; pass --overwrite to replace it, or choose another --out")
 
 
 @contextlib.contextmanager
 def _locked(notes: Path, path: Path) -> Iterator[None]:
     """Hold the lock of `notes`. CheckpointError when another process has it."""
-    notes.mkdir(parents=True, exist_ok=True)
-    lock: BinaryIO
-    with open(notes / LOCK_NAME, "wb") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise CheckpointError(f"another process is writing {path}; wait for it, or choose another --out") from error
-        yield
+    while True:
+        notes.mkdir(parents=True, exist_ok=True)
+        lock: BinaryIO
+        with open(notes / LOCK_NAME, "wb") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise CheckpointError(
+                    f"another process is writing {path}; wait for it, or choose another --out"
+                ) from error
+            if not _is_file(lock, notes / LOCK_NAME):
+                continue  # a process that ended between the opening and the locking removed this very file
+            yield
+            return
+
+
+def _is_file(stream: BinaryIO, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _begin(partial: PartialOutput, settings: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ A stage writes into a temporary sibling and renames it at the end, so a director
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -138,6 +140,7 @@ def stage_output(
     exists and `overwrite` is False, or when the disk is full.
     """
     path = Path(path)
+    recover_published(path)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already; pass --overwrite to replace it, or choose another --out")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -157,12 +160,55 @@ def stage_output(
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
-    """Move a finished directory to its final name; an older one under that name goes only after the move."""
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
+    """Move a finished directory to its final name; an older one under that name goes only after the move.
+
+    At every moment the final name is that of the old directory or of the new one, where the system can exchange names
+    (Linux); elsewhere a kill between two renames leaves the old one to `recover_published`.
+    """
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    fresh, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    os.replace(temporary, fresh)  # first, so that `temporary` never holds the old content
+    if exchange_names(fresh, path):
+        old = fresh
+    else:
         os.replace(path, old)
-    os.replace(temporary, path)
+        os.replace(fresh, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange_names(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False, with nothing changed, where the system or its file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def recover_published(path: Path) -> None:
+    """Undo what a kill in the middle of `publish_directory` left: bring `path` back if it is gone, remove the rest."""
+    siblings = [path.parent.glob(f".{glob.escape(path.name)}.{kind}-*") for kind in ("new", "old")]
+    for left in [*siblings[0], *siblings[1]]:
+        if _runs(left.name.rpartition("-")[2]):
+            continue
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.replace(left, path)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this machine with that number runs."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_manifest(

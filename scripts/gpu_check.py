@@ -29,9 +29,12 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("zip_gemm", "zip_moe")
+BENCHMARKS = ("zip_gemm", "zip_moe", "tbe_decode")
 QUICK_TESTS = ("test_tbe_decode.py", "test_zip_gemm.py", "test_zip_moe.py")
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis", "numpy")
+# The models whose weights stay packed on a GPU, and what these tests need besides.
+MODEL_TESTS = ("tests/compression/test_packed.py", "tests/compression/test_quantizer.py")
+NEEDED_BY_MODEL_TESTS = ("transformers", "safetensors", "xxhash", "zstandard", "tqdm")
 NEEDED_BY_BENCHMARKS = ("numpy", "safetensors", "tqdm")
 TESTS_SHARE = 0.45  # of the time at most for the tests
 
@@ -100,6 +103,10 @@ def run_tests(found: Found, device: str, quick: bool, seconds: float) -> None:
     # The offline compilation needs no GPU and runs on every change; it would only take time here.
     whole = ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]
     command = [sys.executable, "-m", "pytest", *(files if quick else whole), "-q", "-p", "no:cacheprovider"]
+    if absent := missing(NEEDED_BY_MODEL_TESTS):
+        found.skip(f"tests of whole models: {', '.join(absent)} not installed")
+    elif not quick:
+        command += MODEL_TESTS
     with tempfile.TemporaryFile("w+") as output:
         try:
             code = subprocess.run(
@@ -112,7 +119,7 @@ def run_tests(found: Found, device: str, quick: bool, seconds: float) -> None:
     last = (text.strip().splitlines() or [""])[-1].strip("= ")
     found.tests = f"stopped after {seconds:.0f} s" if code is None else last
     if code is None:
-        found.skip(f"kernel tests: stopped after {seconds:.0f} s; the last line was {last!r}")
+        found.fail(f"kernel tests: stopped after {seconds:.0f} s; the last line was {last!r}")
     elif code:
         print(text[-6000:], file=sys.stderr)
         names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)

@@ -97,6 +97,7 @@ def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[s
             for name, item in table.items()
         ]
         bits = [BITS[entry.dtype] * math.prod(entry.shape) for entry in entries]
+        "".join(table).encode()  # half of a surrogate pair is no name: safetensors refuses it too
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: its safetensors header is unreadable ({error}); the file is damaged") from error
     for entry, count in zip(entries, bits, strict=True):

@@ -74,8 +74,8 @@ def compress_directory(
     files = weight_files(source)
     if (source / MANIFEST_NAME).is_file():
         read_manifest(source)
-    settings = {"source": str(source), "layout": layout, "format_version": VERSION}
-    inputs = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    settings = {"source": str(source.resolve()), "layout": layout, "format_version": VERSION}
+    inputs = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     report: dict[str, Any] = {}
     with resumable_output(out, STAGE, settings, inputs, parent=source, overwrite=overwrite, extra=report) as partial:
         shards = _compress_files(files, partial, layout)
@@ -113,7 +113,8 @@ def check_source(source: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{source} is compressed already; restore it with `ernie-elastic decompress {source} --out DIR` first"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method:
         raise ConfigError(
             f"{source} is quantised with {method!r}, expected plain BF16 weights; lossless coding saves nothing there"
@@ -123,7 +124,16 @@ def check_source(source: Path, config: dict[str, Any]) -> None:
 
 
 def copy_other_files(source: Path, target: Path, files: list[Path]) -> None:
-    """Copy everything but the weights byte for byte; what will be replaced goes to `tbe_original/`."""
+    """Copy everything but the weights byte for byte; what will be replaced goes to `tbe_original/`.
+
+    Whatever an earlier run left beside the weights goes first: the source may hold it no longer.
+    """
+    made = {target / path.name for path in files} | {target / ORIGINAL_DIR / f"{path.name}.header" for path in files}
+    for path in sorted(target.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()) and path != target / ORIGINAL_DIR:
+            path.rmdir()
+        elif not path.is_dir() and path not in made:
+            path.unlink()
     replaced = {"config.json", MANIFEST_NAME, *(path.name for path in source.glob("*.safetensors.index.json"))}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
@@ -160,7 +170,7 @@ def renamed_index(index: dict[str, Any], names: dict[str, dict[str, str]], sizes
     keys = {(file, name): key for file, table in names.items() for key, name in table.items()}
     weight_map = {keys.get((file, name), name): file for name, file in index["weight_map"].items()}
     total = sum(sizes[file] for file in set(weight_map.values()))
-    return {"metadata": {**index.get("metadata", {}), "total_size": total}, "weight_map": weight_map}
+    return {"metadata": {**(index.get("metadata") or {}), "total_size": total}, "weight_map": weight_map}
 
 
 def _report(files: list[Path], target: Path, shards: dict[str, Shard]) -> dict[str, Any]:

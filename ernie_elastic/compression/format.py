@@ -74,17 +74,26 @@ def check_byte_order() -> None:
         raise FormatError("compressed weights need a little-endian machine, this one is big-endian; use another")
 
 
+def fits_a_stream(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is within the format's limits: length of its name, dimensions, weights."""
+    return (
+        len(name.encode()) <= MAX_NAME
+        and len(shape) <= MAX_DIMENSIONS
+        and math.prod(max(d, 1) for d in shape) < MAX_WEIGHTS
+    )
+
+
 def new_stream(layout: str, name: str, shape: tuple[int, ...], body_bytes: int) -> tuple[Bytes, Bytes]:
     """A stream u8 [bytes] with its header, and the view u8 [body_bytes] of its end that the caller fills, then `seal`s.
 
     The body begins at a multiple of 8 bytes in memory. FormatError beyond the format's limits.
     """
-    encoded = name.encode()
-    if len(encoded) > MAX_NAME or len(shape) > MAX_DIMENSIONS or math.prod(max(d, 1) for d in shape) >= MAX_WEIGHTS:
+    if not fits_a_stream(name, shape):
         raise FormatError(
-            f"{name[:80]}: shape {shape} or a name of {len(encoded)} bytes is beyond the format's limits "
+            f"{name[:80]!r}: shape {shape} or a name of {len(name)} characters is beyond the format's limits "
             f"({MAX_DIMENSIONS} dimensions, 2^62 weights, {MAX_NAME} bytes); store it as it is"
         )
+    encoded = name.encode()
     fixed = FIXED.pack(
         MAGIC, VERSION, LAYOUTS[layout], len(shape), 0, matrix_view(shape)[0], len(encoded), bytes(CHECKSUM_BYTES)
     )

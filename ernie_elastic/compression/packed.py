@@ -1,8 +1,9 @@
 """Run-time modules whose weights stay compressed in memory: linear layers, embeddings and stacks of experts.
 
 Contract: a packed module gives the bits that the dense one gives (kernel "decode": decode, then the same product), and
-no dense copy of its weight outlives its forward. kernel "fused" decodes inside the product: another summation order,
-so it is never chosen unless asked for. The modules know nothing of files; `quantizer.py` fills them.
+no dense copy of its weight outlives its forward unless a gradient is wanted. kernel "fused" decodes inside the product:
+another summation order, so it is never chosen unless asked for. The modules know nothing of files; `quantizer.py`
+fills them.
 
 Legend: E experts, R rows (outputs), C columns (inputs), M rows of the activations, N looked-up rows.
 """
@@ -21,28 +22,39 @@ from transformers.activations import SiLUActivation
 from transformers.integrations import moe
 
 from ernie_elastic.compression.config import KERNELS
+from ernie_elastic.compression.resident import Resident, TileLayout, fused_experts, layout_for
 from ernie_elastic.errors import ConfigError, FormatError
-from ernie_elastic.kernels import zip_gemv
 
 PACKED_EXPERTS = "ernie_elastic_packed"
 BUFFER_PREFIX = "tbe__"
 
 
 class PackedTensor(nn.Module):
-    """A BF16 weight [R, C] or stack [E, R, C] in the run-time layout of `kernels.zip_gemv`, as integer buffers.
+    """A BF16 weight [R, C] or stack [E, R, C] in the run-time layout of its device, as integer buffers.
 
     It stands where a parameter stood: `packed[e]` is the dense matrix of expert e in the compute dtype, and torch
-    functions that get the whole of it get it decoded. The compute dtype follows `.to(dtype)`.
+    functions that get the whole of it get it decoded. The compute dtype follows `.to(dtype)`; a move to a device of
+    another kind packs anew. parts: matrices of each expert below each other (2: a gate and an up projection).
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], parts: int = 1) -> None:
         super().__init__()
         self.stack_shape = tuple(shape)
+        self.parts = parts
         self.kernel = "decode"
         self._is_hf_initialized = True  # an initialiser has nothing to do here
-        self._matrix: zip_gemv.PackedMatrix | None = None
-        # Holds the compute dtype: module-wide casts reach buffers, and an empty one costs nothing.
-        self.register_buffer("compute", torch.empty(0), persistent=False)
+        self._layout = layout_for(torch.device("cpu"))
+        self._resident: Resident | None = None
+        self._low: torch.Tensor | None = None
+        # Holds the compute dtype: module-wide casts reach buffers. It has one element, by which the quantizer tells the
+        # size of a weight that is not read yet.
+        self.register_buffer("compute", torch.zeros(()), persistent=False)
+
+    @classmethod
+    def standing_for(cls, key: str, shape: tuple[int, ...]) -> PackedTensor:
+        """An empty one for the model key `key`, whose weight is [R, C] or [E, R, C]."""
+        halves = len(shape) == 3 and key.endswith("gate_up_proj") and shape[-2] % 2 == 0
+        return cls(shape, parts=2 if halves else 1)
 
     @property
     def shape(self) -> torch.Size:
@@ -59,63 +71,67 @@ class PackedTensor(nn.Module):
         """Where the packed arrays lie."""
         return self.compute.device
 
-    def fill(self, weight: torch.Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        """Pack a BF16 weight of this shape and keep only the packed arrays. FormatError for another shape."""
+    def fill(
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layout: type[Resident] | None = None,
+    ) -> None:
+        """Pack a BF16 weight [R, C] or [E, R, C] on `device` and keep only the packed arrays.
+
+        layout: of another kind of device (for tests). FormatError for another shape.
+        """
         if tuple(weight.shape) != self.stack_shape:
             raise FormatError(f"packed weight: got shape {tuple(weight.shape)}, expected {self.stack_shape}")
-        packed = zip_gemv.pack(weight.reshape(-1, weight.shape[-1]))
+        device = torch.device(device)
+        self._layout = layout or layout_for(device)
+        packed = self._layout.pack(weight.to(device), self.parts)
+        for name in self._arrays():
+            delattr(self, f"{BUFFER_PREFIX}{name}")
         for name, tensor in packed.tensors.items():
-            self.register_buffer(f"{BUFFER_PREFIX}{name}", tensor.to(device))
-        self.compute = torch.empty(0, dtype=dtype, device=device)
-        self._matrix = None
+            self.register_buffer(f"{BUFFER_PREFIX}{name}", tensor)
+        self.compute = torch.zeros((), dtype=dtype, device=device)
+        self._resident = None
+
+    def _arrays(self) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(BUFFER_PREFIX): t for name, t in self.named_buffers() if name != "compute"}
 
     @property
-    def matrix(self) -> zip_gemv.PackedMatrix:
-        """All rows as one packed matrix [R, C] (experts below each other: [E * R, C])."""
-        if self._matrix is None:
-            named = {name.removeprefix(BUFFER_PREFIX): t for name, t in self.named_buffers() if name != "compute"}
-            if not named:
+    def resident(self) -> Resident:
+        """The packed weight [R, C] or [E, R, C] over the buffers of this module. FormatError before `fill`."""
+        low = self._buffers.get(f"{BUFFER_PREFIX}low")
+        # Buffers may be replaced behind this module's back, by hooks that move them or by load_state_dict(assign=True).
+        if self._resident is None or low is not self._low:
+            arrays = self._arrays()
+            if not arrays:
                 raise FormatError(f"packed weight {self.stack_shape} was never filled; load it with from_pretrained")
-            rows = self.shape[:-1].numel()
-            self._matrix = zip_gemv.PackedMatrix((rows, self.stack_shape[-1]), named)
-        return self._matrix
-
-    def rows_of(self, expert: int | None) -> tuple[int, int]:
-        """First and last-plus-one row of one expert, or of everything. IndexError outside of the stack."""
-        rows = self.stack_shape[-2]
-        if expert is None:
-            return 0, self.shape[:-1].numel()
-        count = self.stack_shape[0]
-        if not -count <= expert < count:
-            raise IndexError(f"expert {expert} of a stack of {count}")
-        return (expert % count) * rows, (expert % count + 1) * rows
+            self._resident, self._low = self._layout.of(self.stack_shape, self.parts, arrays), low
+        return self._resident
 
     def decode(self, expert: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight, or [R, C] of one expert, in `dtype` (default: the compute dtype); exact unless float16."""
+        """The dense weight, or [R, C] of one expert, in `dtype` (default: the compute dtype); exact unless float16.
+
+        IndexError for an expert outside of the stack.
+        """
         dtype = dtype or self.dtype
-        exact = dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
-        start, stop = self.rows_of(expert)
-        dense = zip_gemv.unpack(self.matrix, exact, start=start, stop=stop).to(dtype)
-        return dense if expert is not None else dense.reshape(self.stack_shape)
+        if expert is not None:
+            count = self.stack_shape[0]
+            if not -count <= expert < count:
+                raise IndexError(f"expert {expert} of a stack of {count}")
+            expert %= count
+        return self.resident.dense(expert, _exact(dtype)).to(dtype)
 
     def product(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """x [..., C] times the transposed weight (of one expert): [..., R] in x's dtype, by this weight's kernel."""
-        if self.kernel == "decode":
+        # The fused products are not differentiable: where x wants its gradient, the weight is decoded.
+        if self.kernel == "decode" or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.decode(expert, x.dtype))
-        if expert is None and x.dtype == torch.float32 and x.is_cpu and x.is_contiguous():
-            columns = self.stack_shape[-1]
-            if x.shape[-1] == columns and x.numel() <= columns * zip_gemv.FUSED_MAX_ROWS:
-                bound = zip_gemv.bind(self._matrix or self.matrix)
-                if bound is not None:
-                    return bound(x)
-        start, stop = self.rows_of(expert)
-        out = zip_gemv.matmul(x.reshape(-1, x.shape[-1]).float(), self.matrix, start=start, stop=stop)
-        return out.to(x.dtype).reshape(*x.shape[:-1], stop - start)
+        return self.resident.product(x, expert)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
-        exact = self.dtype if self.dtype in (torch.bfloat16, torch.float32) else torch.float32
-        found_NC = zip_gemv.unpack_rows(self.matrix, rows.reshape(-1), exact).to(self.dtype)
+        found_NC = self.resident.look_up(rows.reshape(-1), _exact(self.dtype)).to(self.dtype)
         return found_NC.reshape(*rows.shape, self.stack_shape[-1])
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -141,12 +157,26 @@ class PackedTensor(nn.Module):
         return func(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedTensor:
-        self._matrix = None  # its arrays may move
-        return super()._apply(fn, recurse)
+        before, left = layout_for(self.device), self.device
+        self._resident = None  # its arrays may move
+        super()._apply(fn, recurse)
+        real = "meta" not in (left.type, self.device.type)
+        if real and layout_for(self.device) is not before and self._arrays():
+            self.fill(self.decode(dtype=torch.bfloat16), self.dtype, self.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._resident = None  # arrays that were written in place are checked anew before anything reads them
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{list(self.stack_shape)}, kernel={self.kernel}"
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What a weight is decoded to before it is cast to `dtype`."""
+    return dtype if dtype in (torch.bfloat16, torch.float32) else torch.float32
 
 
 class PackedLinear(nn.Module):
@@ -235,16 +265,17 @@ def packed_experts_forward(
     """The experts back end of a packed model: only routed experts are decoded, one at a time, in increasing order.
 
     hidden_states [M, C], top_k_index int64 [M, K], top_k_weights [M, K] -> [M, C]. kernel "decode" runs the class's own
-    loop on decoded experts, so its bits are those of the dense loop. "fused" needs gate half first, no biases and no
-    transposed weights; raises ConfigError otherwise.
+    loop on decoded experts, so its bits are those of the dense loop; so does a call that wants gradients. "fused" needs
+    gate half first, no biases and no transposed weights; raises ConfigError otherwise.
     """
     weights = [child for child in module.children() if isinstance(child, PackedTensor)]
-    if all(weight.kernel == "decode" for weight in weights):
+    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    if wanted or all(weight.kernel == "decode" for weight in weights):
         return inspect.unwrap(type(module).forward)(module, hidden_states, top_k_index, top_k_weights, *rest)
     check_fusable(module)
     if len(weights) == 2 and _is_plain_swiglu(module):
-        gate_up, down = (getattr(module, name).matrix for name in ("gate_up_proj", "down_proj"))
-        in_one_call = zip_gemv.experts(hidden_states, gate_up, down, top_k_index, top_k_weights)
+        gate_up, down = (getattr(module, name).resident for name in ("gate_up_proj", "down_proj"))
+        in_one_call = fused_experts(hidden_states, gate_up, down, top_k_index, top_k_weights)
         if in_one_call is not None:
             return in_one_call
     output = torch.zeros_like(hidden_states)
@@ -295,6 +326,16 @@ def set_kernel(model: nn.Module, kernel: str) -> int:
         stacks = [child for child in module.children() if isinstance(child, PackedTensor) and len(child.shape) == 3]
         if kernel == "fused" and stacks:
             check_fusable(module)
+            if isinstance(stacks[0].resident, TileLayout) and not (len(stacks) == 2 and _is_plain_swiglu(module)):
+                raise ConfigError(
+                    f"kernel 'fused' on a GPU runs SwiGLU experts only, not {type(module).__name__}; choose 'decode'"
+                )
+    for weight in weights:
+        if kernel == "fused" and isinstance(weight.resident, TileLayout) and weight.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"kernel 'fused' on a GPU computes in bfloat16, the model in {weight.dtype}; load it with "
+                "dtype=torch.bfloat16, or choose 'decode'"
+            )
     for weight in weights:
         weight.kernel = kernel
     return len(weights)

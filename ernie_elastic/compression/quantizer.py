@@ -37,6 +37,11 @@ from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.stages import progress
 
 logger = logging.getLogger(__name__)
+RESIDENT_BITS = 11.4  # of a weight that stays packed, roughly, for maps that are made before the weights are read
+
+
+def _kind(place: Any) -> str:
+    return "cpu" if str(place) == "cpu" else str(place)
 
 
 class TbeHfQuantizer(HfQuantizer):
@@ -56,10 +61,29 @@ class TbeHfQuantizer(HfQuantizer):
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """ConfigError for a device map that puts weights on disk: packed weights live in memory."""
+        """Keep the device map: Transformers calls this with the caller's, and again when it has resolved "auto".
+
+        ConfigError for one that puts weights on disk, or some on the CPU beside an accelerator: packed weights live in
+        memory and compute where they lie.
+        """
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ConfigError("device_map: 'disk' cannot hold packed weights; use devices, or decompress the directory")
+        if device_map is None:
+            return
+        if isinstance(device_map, dict):
+            kinds = {place if place in ("disk", "cpu") else "accelerator" for place in map(_kind, device_map.values())}
+            if "disk" in kinds or kinds == {"cpu", "accelerator"}:
+                raise ConfigError(
+                    f"device_map places weights on {' and '.join(sorted(kinds))}; packed weights compute where they "
+                    "lie: use accelerators alone (raise max_memory) or the CPU alone, or decompress the directory"
+                )
+        self._device_map = device_map
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element; the marker [] of a weight that stays packed stands for the whole of it."""
+        path, _, name = param_name.rpartition(".")
+        if name == "compute" and isinstance(model.get_submodule(path), PackedTensor):
+            return model.get_submodule(path).shape.numel() * RESIDENT_BITS / 8
+        return super().param_element_size(model, param_name, param)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """False: Transformers' writer knows no wrapper of config.json; `model.save_pretrained` is ours."""
@@ -74,7 +98,6 @@ class TbeHfQuantizer(HfQuantizer):
         paths = kwargs.get("checkpoint_files")
         if not isinstance(paths, list) or not paths:
             raise CheckpointError("compressed checkpoint: no files given; load from the directory, not a state_dict")
-        self._device_map = kwargs.get("device_map")
         # The model's dtype is not handed on to this hook; while the model is built it is torch's default dtype.
         self._dtype = torch.get_default_dtype()
         self._checkpoint = read_checkpoint(paths)
@@ -98,7 +121,7 @@ class TbeHfQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         for keys, parts in choose(model, self._checkpoint, self._resolution, skip):
-            packed = PackedTensor(tuple(model.get_parameter(keys[0]).shape))
+            packed = PackedTensor.standing_for(keys[0], tuple(model.get_parameter(keys[0]).shape))
             for key in keys:
                 path, _, attribute = key.rpartition(".")
                 parent, _, name = path.rpartition(".")
@@ -158,7 +181,7 @@ def pack_dense(model: nn.Module, dtype: torch.dtype) -> int:
         for attribute, parameter in list(module._parameters.items()):
             if parameter is None or parameter.numel() < MIN_WEIGHTS or not packable(module, attribute):
                 continue
-            packed = made.get(id(parameter)) or _packed_if_smaller(parameter, dtype)
+            packed = made.get(id(parameter)) or _packed_if_smaller(attribute, parameter, dtype)
             if packed is not None:
                 made[id(parameter)] = packed
                 parent, _, name = path.rpartition(".")
@@ -167,13 +190,13 @@ def pack_dense(model: nn.Module, dtype: torch.dtype) -> int:
     return done
 
 
-def _packed_if_smaller(parameter: nn.Parameter, dtype: torch.dtype) -> PackedTensor | None:
+def _packed_if_smaller(attribute: str, parameter: nn.Parameter, dtype: torch.dtype) -> PackedTensor | None:
     brief = parameter.detach().to(torch.bfloat16)
     if not torch.equal(brief.to(parameter.dtype).view(torch.uint8), parameter.detach().contiguous().view(torch.uint8)):
         return None
-    packed = PackedTensor(tuple(parameter.shape))
+    packed = PackedTensor.standing_for(attribute, tuple(parameter.shape))
     packed.fill(brief, dtype, parameter.device)
-    return packed if packed.matrix.nbytes < 2 * parameter.numel() else None
+    return packed if packed.resident.nbytes < 2 * parameter.numel() else None
 
 
 def register() -> None:

@@ -35,15 +35,28 @@ def read_files_table(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is not compressed (no {ORIGINAL_DIR}/{FILES_NAME}); nothing to restore")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        version, names = table["format_version"], [*table["files"], *table["streams"]]
-        valid = all(isinstance(item["sha256"], str) for item in table["files"].values())
+        version, files, streams = table["format_version"], table["files"], table["streams"]
+        newer = isinstance(version, int) and version > VERSION
+        valid = isinstance(version, int) and version >= 1 and all(_is_file_entry(item) for item in files.values())
+        valid = valid and all(_is_name_table(item) for item in streams.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is damaged ({error}); fetch {directory} anew") from error
-    if version > VERSION:
+    if newer:
         raise FormatError(f"{path} has format version {version}, this package reads {VERSION}; install a newer one")
-    if not valid or any(Path(name).name != name for name in names):
+    if not valid or not set(streams) <= set(files):
+        raise FormatError(f"{path} is damaged (a field is missing or not of its kind); fetch {directory} anew")
+    if any(Path(name).name != name or name in ("", ".", "..") for name in files):
         raise FormatError(f"{path} is damaged (it names a file outside of the directory); fetch {directory} anew")
     return table
+
+
+def _is_file_entry(item: Any) -> bool:
+    size = item["bytes"]
+    return isinstance(item["sha256"], str) and isinstance(size, int) and not isinstance(size, bool) and size >= 0
+
+
+def _is_name_table(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(name, str) for name in item.values())
 
 
 def decompress_directory(directory: Path | str, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
@@ -163,7 +176,7 @@ def _row(file: SafetensorsFile, entry: Any) -> dict[str, Any]:
         row.update(name=header.name, layout=header.layout, dtype="BF16", shape=list(header.shape))
         row.update(weights=header.weights, checksum=header.checksum)
     elif entry.dtype == "BF16":
-        words = raw.view(np.uint16) if raw.size else np.empty(0, dtype=np.uint16)
+        words = file.words(entry)
     else:
         words = None
     if words is not None:

@@ -140,14 +140,23 @@ def fetch(model: nn.Module, item: SavedTensor, resolution: Resolution) -> torch.
     if isinstance(holder, PackedTensor):
         return _cut(holder.decode(part.expert, torch.bfloat16), part, done=True).cpu().contiguous()
     weight = _cut(holder.detach(), part, done=False)
-    exact = weight.to(dtype)
+    exact = _narrowed(weight, dtype)
     lost = torch.promote_types(weight.dtype, dtype) != weight.dtype
-    if lost or not torch.equal(exact.to(weight.dtype), weight):
+    back, held = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (exact.to(weight.dtype), weight))
+    if lost or not torch.equal(back, held):  # bits, since NaN is not equal to itself
         raise CheckpointError(
             f"cannot save: {item.name!r} is {weight.dtype} in memory and was stored as {dtype}, which cannot hold it "
             "exactly; load the model with dtype=float32, or copy the compressed directory"
         )
     return exact.cpu().contiguous()
+
+
+def _narrowed(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in `dtype`; from float32 to BF16 by its upper half, since a conversion makes one NaN of all."""
+    if (weight.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return weight.to(dtype)
+    upper = (weight.contiguous().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(weight.isnan(), upper, weight.to(dtype))
 
 
 def _cut(weight: torch.Tensor, part: Part, done: bool) -> torch.Tensor:

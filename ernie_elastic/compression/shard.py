@@ -32,7 +32,7 @@ from ernie_elastic.compression.container import (
     Stored,
     largest_stream,
 )
-from ernie_elastic.compression.format import Bytes
+from ernie_elastic.compression.format import Bytes, fits_a_stream
 from ernie_elastic.errors import CheckpointError, FormatError
 from ernie_elastic.stages import sha256_file, write_json
 
@@ -68,18 +68,26 @@ class Journal:
     @classmethod
     def read(cls, path: Path) -> Journal:
         """The journal of an earlier run, without a line that was cut off; an empty one when there is none."""
-        journal = cls(path)
+        journal, text = cls(path), ""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            for line in text.splitlines():
                 row = json.loads(line)
                 journal.streams.append(row) if "size" in row else journal.misfits.append(row["name"])
-        journal.write()
+        if text != journal.text():
+            journal.write()
         return journal
 
-    def write(self) -> None:
-        """All lines anew."""
+    def text(self) -> str:
+        """What the file holds."""
         rows = [{"name": name} for name in self.misfits] + self.streams
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    def write(self) -> None:
+        """All lines anew, or, on a full disk, those that were there (an OSError, which the output's maker explains)."""
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        fresh.write_text(self.text(), encoding="utf-8")
+        os.replace(fresh, self.path)
 
     def add(self, row: dict[str, Any]) -> None:
         """One stream more: name, size (bytes), weights, entropy_bits."""
@@ -88,9 +96,9 @@ class Journal:
             out.write(json.dumps(row) + "\n")
 
 
-def is_candidate(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is worth a stream: BF16, two dimensions or more, MIN_WEIGHTS or more."""
-    return dtype == "BF16" and len(shape) >= 2 and math.prod(shape) >= MIN_WEIGHTS
+def is_candidate(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is worth a stream and fits one: BF16, two dimensions or more, MIN_WEIGHTS or more."""
+    return dtype == "BF16" and len(shape) >= 2 and math.prod(shape) >= MIN_WEIGHTS and fits_a_stream(name, shape)
 
 
 def finished_shard(note: Path, written: Path) -> Shard | None:
@@ -154,7 +162,7 @@ def _write(
     file: SafetensorsFile, written: Path, layout: str, first: int, journal: Journal, step: Callable[[int], Any]
 ) -> bool:
     """Write what the journal does not have yet; False when tensors turned out not to get smaller: call once more."""
-    fitting = [e for e in file.entries if is_candidate(e.dtype, e.shape) and e.name not in journal.misfits]
+    fitting = [e for e in file.entries if is_candidate(e.name, e.dtype, e.shape) and e.name not in journal.misfits]
     names = {entry.name for entry in fitting}
     kept = [Stored(e.name, e.dtype, e.shape, e.end - e.begin, file.raw(e)) for e in file.entries if e.name not in names]
     largest = [largest_stream(_key(first, k), math.prod(entry.shape)) for k, entry in enumerate(fitting)]

@@ -6,10 +6,13 @@ logged once per operation and device type.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,3 +53,16 @@ def use_triton(backend: str, operation: str, device: torch.device) -> bool:
         _log_choice(operation, device.type, "triton" if chosen else "reference", reason)
         return chosen
     return backend == "triton"
+
+
+def launches_kernels(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Make a function run with the device of its first argument (a tensor of any shape, or packed weights) as the
+    current one: Triton launches on the current device, wherever the arguments lie."""
+
+    @functools.wraps(function)
+    def on_the_device(first: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        device = first.device if isinstance(first, torch.Tensor) else first.low.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(first, *rest, **named)
+
+    return on_the_device

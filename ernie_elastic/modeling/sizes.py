@@ -45,11 +45,16 @@ class ModelSizes:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
 
-    def to_config(self, tokenizers: Tokenizers) -> ErnieElasticConfig:
-        """The full config: these sizes, and vocabulary, bits, scales and codes of the tokenizers."""
+    def to_config(self, tokenizers: Tokenizers, audio: bool = True) -> ErnieElasticConfig:
+        """The full config: these sizes, and vocabulary, bits, scales and codes of the tokenizers.
+
+        audio: False leaves the audio heads out, so that every layer may be dropped.
+        """
         special, quantizer = tokenizers.text.special, tokenizers.visual.quantizer
         fields = asdict(self)
         theta = fields.pop("rope_theta")
+        if not audio:
+            fields["audio_input"] = "codes"
         return ErnieElasticConfig(
             **fields,
             rope_parameters={"rope_type": "default", "rope_theta": theta},
@@ -68,7 +73,7 @@ class ModelSizes:
             visual_scales=[list(scale) for scale in quantizer.scales],
             visual_amplitudes=list(quantizer.amplitudes),
             understanding_image_size=tokenizers.visual.config.image_size,
-            audio_num_levels=tokenizers.audio.num_levels,
+            audio_num_levels=tokenizers.audio.num_levels if audio else 0,
             audio_codebook_size=tokenizers.audio.codebook_size,
-            audio_feature_size=tokenizers.audio.config.num_components if self.audio_input == "continuous" else 0,
+            audio_feature_size=tokenizers.audio.config.num_components if fields["audio_input"] == "continuous" else 0,
         )

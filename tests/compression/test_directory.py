@@ -249,3 +249,79 @@ def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * size + (10 << 20) < 8 * size, f"{peak} bytes for tensors of {size}"
+
+
+def raw_safetensors(path: Path, entries: list[tuple[str, str, list[int], bytes]], odd: bool = False) -> None:
+    """A safetensors file of these (name, dtype, shape, bytes); odd: with a header of odd length."""
+    header, begin = {}, 0
+    for name, dtype, shape, content in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + len(content)]}
+        begin += len(content)
+    text = json.dumps(header).encode()
+    text += b" " * ((len(text) + odd) % 2)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(content for *_, content in entries))
+
+
+def test_weights_that_lie_at_odd_addresses_are_like_others(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    words = (torch.randn(40, 50) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    entries = [("byte", "U8", [1], b"x"), ("weight", "BF16", [40, 50], words), ("small", "BF16", [3], words[:6])]
+    raw_safetensors(source / "model.safetensors", entries, odd=True)
+    found = {row["name"]: row for row in directory_info(source)}
+    assert found["weight"]["entropy_bits"] < 11.5 and found["small"]["weights"] == 3
+    assert compress_directory(source, tmp_path / "out")["compressed"] == 1
+    decompress_directory(tmp_path / "out", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+
+
+def test_tensors_beyond_the_limits_of_a_stream_stay_as_they_are(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    words = (torch.randn(40, 50) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    entries = [("deep", "BF16", [1] * 8 + [40, 50], words), ("weight", "BF16", [40, 50], words)]
+    raw_safetensors(source / "model.safetensors", entries)
+    report = compress_directory(source, tmp_path / "out")
+    assert report["compressed"] == 1 and report["kept"] == {"BF16": 1}
+    decompress_directory(tmp_path / "out", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+    raw_safetensors(source / "model.safetensors", [("half \ud800", "BF16", [40, 50], words)])
+    with pytest.raises(FormatError, match="surrogates"):
+        compress_directory(source, tmp_path / "other")
+
+
+DAMAGES = {
+    "version": lambda table: table.update(format_version="2"),
+    "no bytes": lambda table: next(iter(table["files"].values())).pop("bytes"),
+    "bytes": lambda table: next(iter(table["files"].values())).update(bytes="x"),
+    "streams": lambda table: table["streams"].update({next(iter(table["streams"])): []}),
+    "stream file": lambda table: table["streams"].update(other={}),
+    "outside": lambda table: table["files"].update({"..": {"bytes": 1, "sha256": ""}}),
+    "list": lambda table: table.update(files=[]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_of_files_is_named(pairs: Pairs, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(pairs("llama").compressed, tmp_path / "copy")
+    path = folder / "tbe_original" / "files.json"
+    table = json.loads(path.read_text())
+    DAMAGES[damage](table)
+    path.write_text(json.dumps(table))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FormatError, match=r"files\.json is damaged"):
+        decompress_directory(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_strange_quantization_config_and_an_index_without_metadata(pairs: Pairs, tmp_path: Path) -> None:
+    folder = shutil.copytree(pairs("qwen3_moe").source, tmp_path / "copy")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": None}))
+    compress_directory(folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "gptq"}))
+    with pytest.raises(ConfigError, match="quantised with 'gptq'"):
+        compress_directory(folder, tmp_path / "other")

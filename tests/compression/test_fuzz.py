@@ -2,7 +2,7 @@
 
 2,000 mutations, 100,000 with STRESS=full. They run in forked children, so that a crash of the native decoder is a
 failure that names its seed. Half of the mutations get a new checksum, so that the decoders' own checks are met: then
-another tensor may come out, but only one that the stream really says (of its shape, and stable under a round trip).
+another tensor may come out, but only the one that the definition reads from the stream.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ernie_elastic.compression import codec, compress_directory
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.format import CHECKSUM_AT, CHECKSUM_BYTES, LAYOUTS, Bytes, checksum_of, read_header
 from ernie_elastic.errors import FormatError
+from ernie_elastic.kernels import tbe_codec
 from tests.conftest import is_full
 
 CHUNK = 250  # mutations a child
@@ -107,8 +109,10 @@ def one_stream(originals: list[tuple[Bytes, torch.Tensor]], chance: random.Rando
         return "same"
     header = read_header(damaged)
     assert decoded.dtype == torch.bfloat16 and tuple(decoded.shape) == header.shape
-    again = codec.decode(codec.encode(decoded, header.name, header.layout).stream)
-    assert torch.equal(again.view(torch.int16), decoded.view(torch.int16))
+    # What the stream says is what the definition in numpy reads from it.
+    with mock.patch.object(tbe_codec, "_library", lambda backend: None):
+        defined = codec.decode(damaged)
+    assert torch.equal(defined.view(torch.int16), decoded.view(torch.int16))
     return "another"
 
 

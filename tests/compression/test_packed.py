@@ -10,24 +10,34 @@ import torch.nn.functional as F
 from torch import nn
 
 from ernie_elastic.compression import PackedTensor, packable, resident_weight_bytes
+from ernie_elastic.compression import packed as packed_module
 from ernie_elastic.compression.packed import PackedEmbedding, PackedLinear
 from ernie_elastic.compression.quantizer import pack_dense
+from ernie_elastic.compression.resident import Resident, RowLayout, TileLayout
 from ernie_elastic.errors import ConfigError, FormatError
+from ernie_elastic.kernels import zip_gemv
 
 
-def packed_of(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> PackedTensor:
-    packed = PackedTensor(tuple(weight.shape))
-    packed.fill(weight, dtype)
+def packed_of(
+    weight: torch.Tensor, dtype: torch.dtype = torch.float32, layout: type[Resident] | None = None, parts: int = 1
+) -> PackedTensor:
+    packed = PackedTensor(tuple(weight.shape), parts)
+    packed.fill(weight, dtype, layout=layout)
     return packed
+
+
+both_layouts = pytest.mark.parametrize("layout", [RowLayout, TileLayout])
 
 
 def stack() -> torch.Tensor:
     return (torch.randn(5, 12, 37) * 0.02).to(torch.bfloat16)
 
 
-def test_experts_by_index() -> None:
+@both_layouts
+@pytest.mark.parametrize("parts", [1, 2])
+def test_experts_by_index(layout: type[Resident], parts: int) -> None:
     weight = stack()
-    packed = packed_of(weight)
+    packed = packed_of(weight, layout=layout, parts=parts)
     for index in (0, 4, -1, torch.tensor(2)):
         assert torch.equal(packed[index], weight[index].float())
     assert torch.equal(packed[1:3], weight[1:3].float())
@@ -38,19 +48,20 @@ def test_experts_by_index() -> None:
         packed[5]
 
 
+@both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_linear_and_embedding_in_every_compute_dtype(dtype: torch.dtype) -> None:
+def test_linear_and_embedding_in_every_compute_dtype(dtype: torch.dtype, layout: type[Resident]) -> None:
     weight = (torch.randn(33, 20) * 0.02).to(torch.bfloat16)
     dense = nn.Linear(20, 33)
     dense.weight.data, dense.bias.data = weight.to(dtype), dense.bias.data.to(dtype)
-    packed = PackedLinear(dense, packed_of(weight, dtype))
+    packed = PackedLinear(dense, packed_of(weight, dtype, layout))
     x = torch.randn(2, 3, 20).to(dtype)
     assert torch.equal(packed(x), dense(x)) and torch.equal(packed.weight, dense.weight)
     table = nn.Embedding(33, 20, _weight=weight.to(dtype))
     index = torch.tensor([[0, 32, 5], [5, 5, 1]])
-    assert torch.equal(PackedEmbedding(table, packed_of(weight, dtype))(index), table(index))
+    assert torch.equal(PackedEmbedding(table, packed_of(weight, dtype, layout))(index), table(index))
     empty = torch.empty(0, dtype=torch.int64)
-    assert PackedEmbedding(table, packed_of(weight, dtype))(empty).shape == (0, 20)
+    assert PackedEmbedding(table, packed_of(weight, dtype, layout))(empty).shape == (0, 20)
 
 
 def test_casts_change_the_compute_dtype_and_not_the_weights() -> None:
@@ -60,7 +71,7 @@ def test_casts_change_the_compute_dtype_and_not_the_weights() -> None:
     assert all(not buffer.is_floating_point() for name, buffer in packed.named_buffers() if name != "compute")
     assert torch.equal(packed[3].view(torch.int16), weight[3].view(torch.int16))
     packed._apply(lambda tensor: tensor.clone())  # as a move to another device
-    assert all(packed.matrix.tensors[name] is getattr(packed, f"tbe__{name}") for name in packed.matrix.tensors)
+    assert all(packed.resident.tensors[name] is getattr(packed, f"tbe__{name}") for name in packed.resident.tensors)
     packed.kernel = "fused"
     packed.product(torch.ones(2, packed.shape[-1], dtype=torch.float32))  # what calls leave behind is not copied
     packed.kernel = "decode"
@@ -88,6 +99,42 @@ def test_fused_product_is_close(rows: int) -> None:
         packed.product(torch.ones(rows, 36))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_fused_product_of_tiles_is_close(rows: int) -> None:
+    weight = stack()[0]
+    packed = packed_of(weight, torch.bfloat16, TileLayout)
+    packed.kernel = "fused"
+    x = torch.randn(rows, 2, 37).to(torch.bfloat16)
+    assert packed.product(x).dtype == torch.bfloat16
+    torch.testing.assert_close(packed.product(x).float(), F.linear(x.float(), weight.float()), rtol=1e-2, atol=1e-3)
+    with pytest.raises(ConfigError, match="float32"):
+        packed.product(x.float())
+    experts = packed_of(stack(), torch.bfloat16, TileLayout)
+    experts.kernel = "fused"
+    with pytest.raises(ConfigError, match="zip_moe"):
+        experts.product(x, 1)
+
+
+def test_a_move_to_a_device_of_another_kind_packs_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without such a device: as if the CPU took tiles from a moment on."""
+    weight = stack()
+    packed = packed_of(weight)
+    kinds = iter([RowLayout, TileLayout, TileLayout])
+    monkeypatch.setattr(packed_module, "layout_for", lambda device: next(kinds))
+    assert packed._apply(lambda tensor: tensor.clone()) is packed
+    assert isinstance(packed.resident, TileLayout) and torch.equal(packed.decode(), weight.float())
+    assert "tbe__planes" in packed.state_dict() and "tbe__codes" not in packed.state_dict()
+
+
+@pytest.mark.gpu
+def test_a_move_to_a_gpu_and_back_packs_anew() -> None:
+    weight = stack()
+    packed = packed_of(weight, torch.bfloat16).cuda()
+    assert isinstance(packed.resident, TileLayout) and torch.equal(packed[2].cpu(), weight[2])
+    packed.cpu()
+    assert isinstance(packed.resident, RowLayout) and torch.equal(packed.decode(), weight)
+
+
 def test_wrong_and_missing_content_is_an_error() -> None:
     packed = PackedTensor((4, 5))
     with pytest.raises(FormatError, match="never filled"):
@@ -96,11 +143,58 @@ def test_wrong_and_missing_content_is_an_error() -> None:
         packed.fill(torch.zeros(5, 4, dtype=torch.bfloat16), torch.float32)
 
 
-def test_state_dict_carries_the_packed_arrays() -> None:
+@both_layouts
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_carries_the_packed_arrays(layout: type[Resident], assign: bool) -> None:
+    weight = stack()
+    first, second = packed_of(weight, layout=layout), packed_of(weight.flip(0), layout=layout)
+    assert not torch.equal(first.decode(), second.decode())
+    second.load_state_dict(first.state_dict(), assign=assign)
+    assert torch.equal(first.decode(), second.decode())
+
+
+def test_buffers_that_a_hook_replaces_are_seen_and_damaged_ones_are_refused() -> None:
     first, second = packed_of(stack()), packed_of(stack().flip(0))
-    if first.tbe__fallbacks.shape == second.tbe__fallbacks.shape:
-        second.load_state_dict(first.state_dict())
-        assert torch.equal(first.decode(), second.decode())
+    second.decode()
+    for name, buffer in first.named_buffers():
+        second._buffers[name] = buffer.clone()
+    assert torch.equal(first.decode(), second.decode())
+    state = first.state_dict()
+    state["tbe__offsets"] = state["tbe__offsets"] + 2**44
+    second.load_state_dict(state)
+    if "native" in zip_gemv.available_backends():
+        with pytest.raises(FormatError, match="offsets"):
+            second.decode()
+    tiles = packed_of(stack(), layout=TileLayout)
+    tiles._buffers["tbe__planes"] = tiles._buffers["tbe__planes"][1:]
+    tiles._buffers["tbe__low"] = tiles._buffers["tbe__low"].clone()
+    with pytest.raises(FormatError, match="planes has"):
+        tiles.decode()
+
+
+def test_fused_gives_gradients_as_decode_does() -> None:
+    packed = packed_of(stack()[0])
+    linear = PackedLinear(nn.Linear(37, 12), packed)
+    gradients = []
+    for packed.kernel in ("decode", "fused"):
+        x = torch.ones(2, 37, requires_grad=True)
+        (x.sum() + linear(x).pow(2).sum()).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and not torch.equal(gradients[0], torch.ones(2, 37))
+
+
+@pytest.mark.parametrize("kernel", ["decode", "fused"])
+def test_inputs_on_another_device_are_an_error_not_a_crash(kernel: str) -> None:
+    packed = packed_of(stack()[0])
+    packed.kernel = kernel
+    with pytest.raises((ConfigError, RuntimeError), match="meta"):
+        packed.product(torch.empty(1, 37, device="meta")).sum().item()
+    with pytest.raises((ConfigError, RuntimeError, NotImplementedError), match="meta"):
+        packed.look_up(torch.empty(3, dtype=torch.int64, device="meta"))
+
+
+def test_state_dict_names() -> None:
+    first = packed_of(stack())
     assert set(first.state_dict()) == {f"tbe__{name}" for name in ("low", "codes", "table", "offsets", "fallbacks")}
 
 
@@ -108,7 +202,7 @@ def test_resident_bytes_count_shared_storage_once() -> None:
     packed = packed_of((torch.randn(64, 40) * 0.02).to(torch.bfloat16))
     table, head = nn.Embedding(64, 40), nn.Linear(40, 64, bias=False)
     model = nn.ModuleList([PackedEmbedding(table, packed), PackedLinear(head, packed)])
-    assert resident_weight_bytes(model) == packed.matrix.nbytes < 0.8 * 2 * 64 * 40
+    assert resident_weight_bytes(model) == packed.resident.nbytes + packed.compute.nbytes < 0.8 * 2 * 64 * 40
     assert resident_weight_bytes(nn.Linear(10, 10)) == 4 * 110
 
 

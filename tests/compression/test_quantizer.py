@@ -23,8 +23,10 @@ from ernie_elastic.compression import (
     resident_weight_bytes,
     set_kernel,
 )
+from ernie_elastic.compression import packed as packed_module
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.quantizer import TbeHfQuantizer
+from ernie_elastic.compression.resident import TileLayout
 from ernie_elastic.errors import ConfigError, FormatError
 from ernie_elastic.kernels import zip_gemv
 from tests.compression.conftest import CONFIGS, SIZES, Pair
@@ -175,6 +177,46 @@ def test_fused_kernel_is_close_and_decode_comes_back_exactly(pairs: Pairs, name:
     assert torch.equal(logits(packed), expected)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def tile_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose layout is tiles: a GPU, or the CPU made to take them (with the kernels' references)."""
+    monkeypatch.setattr(packed_module, "layout_for", lambda device: TileLayout)
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "tiny_moe"])
+def test_weights_in_the_layout_of_gpus_give_the_same_bits(pairs: Pairs, name: str, tile_device: str) -> None:
+    pair = pairs(name)
+    packed, dense = pair.packed(torch.bfloat16).to(tile_device), pair.dense(torch.bfloat16).to(tile_device)
+    layouts = {type(m.resident) for m in packed.modules() if isinstance(m, PackedTensor)}
+    ids = prompt().to(tile_device)
+    with torch.no_grad():
+        expected = packed(ids).logits
+        assert layouts == {TileLayout} and torch.equal(expected, dense(ids).logits)
+    if name == "gpt_oss":
+        return
+    set_kernel(packed, "fused")
+    exact = logits(pair.dense(torch.float32))
+    with torch.no_grad():
+        fused = packed(ids).logits.cpu()
+    # Another order of sums in BF16: most tokens are as far from the float32 model as those of the dense BF16 model are
+    # (a router may choose another expert for one whose scores are almost equal).
+    far, usual = ((found - exact).abs().mean(-1).median() for found in (fused, expected.cpu()))
+    assert far <= 1.5 * usual
+    assert not torch.equal(fused, expected.cpu())
+
+
+def test_fused_in_tiles_is_refused_where_it_cannot_run(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "layout_for", lambda device: TileLayout)
+    with pytest.raises(ConfigError, match=r"in bfloat16, the model in torch\.float32"):
+        set_kernel(pairs("llama").packed(torch.float32), "fused")
+    packed = pairs("qwen3_moe").packed(torch.bfloat16)
+    experts = next(module for module in packed.modules() if hasattr(module, "gate_up_proj"))
+    experts.act_fn = torch.nn.GELU()
+    with pytest.raises(ConfigError, match="SwiGLU"):
+        set_kernel(packed, "fused")
+
+
 @pytest.mark.skipif("native" not in zip_gemv.available_backends(), reason=zip_gemv.backend_reason())
 def test_plain_swiglu_experts_run_in_one_call_and_others_do_not(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, calls = pairs("qwen3_moe").packed(), []
@@ -256,5 +298,33 @@ def test_the_longest_prefix_of_a_device_map_places_a_weight() -> None:
     assert quantizer._device_of("lm_head.weight") == "cpu"
     quantizer._device_map = None
     assert quantizer._device_of("lm_head.weight") == "cpu"
-    with pytest.raises(ConfigError, match="disk"):
-        quantizer.validate_environment(device_map={"": "disk"})
+    for places in ({"": "disk"}, {"model": 0, "lm_head": "disk"}, {"model": torch.device("cuda", 1), "lm_head": "cpu"}):
+        with pytest.raises(ConfigError, match="device_map places weights on"):
+            quantizer.validate_environment(device_map=places)
+    assert quantizer._device_map is None
+    quantizer.validate_environment(device_map="auto")
+    quantizer.validate_environment(device_map={"model": 0, "lm_head": 1})  # as Transformers resolved it
+    assert quantizer._device_of("lm_head.weight") == 1
+
+
+@pytest.mark.parametrize("places", ["auto", "balanced", "cpu", {"": "cpu"}])
+def test_device_maps_of_transformers(pairs: Pairs, places: str | dict[str, str]) -> None:
+    pytest.importorskip("accelerate")
+    pair = pairs("qwen3_moe")
+    assert torch.equal(logits(pair.packed(device_map=places)), logits(pair.dense()))
+
+
+def test_packed_weights_have_their_size_before_they_are_read(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that "auto" maps place them: an empty weight would fit anywhere."""
+    from transformers.integrations.accelerate import compute_module_sizes
+
+    sizes: list[float] = []
+    real = TbeHfQuantizer._process_model_before_weight_loading
+
+    def measured(self: TbeHfQuantizer, model: torch.nn.Module, **kwargs: object) -> None:
+        real(self, model, **kwargs)
+        sizes.append(compute_module_sizes(model, self)[0][""])
+
+    monkeypatch.setattr(TbeHfQuantizer, "_process_model_before_weight_loading", measured)
+    packed = pairs("qwen3_moe").packed(torch.bfloat16)
+    assert sizes[0] == pytest.approx(resident_weight_bytes(packed), rel=0.03)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ernie_elastic import resumable
+from ernie_elastic import resumable, stages
 from ernie_elastic.compression import compress_directory, container, shard
 from ernie_elastic.compression.restore import decompress_directory
 from ernie_elastic.errors import CheckpointError, FormatError
@@ -118,14 +120,44 @@ def test_killed_at_any_moment_it_goes_on(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_killed_while_it_replaces_an_output_the_old_one_stays(tmp_path: Path) -> None:
-    source, out = make_source(tmp_path / "source"), tmp_path / "out"
-    compress_directory(source, out)
-    old = hashes(out)
-    killed_run(source, out, resumable, "publish_directory", 1)
-    assert hashes(out) == old
-    compress_directory(source, out, overwrite=True)
-    assert files_of(out) == {name: value for name, value in old.items() if name != "manifest.json"}
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("moment", range(5))
+def test_killed_while_it_replaces_an_output_there_is_always_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, moment: int
+) -> None:
+    """Killed before each system call of the replacement, with and without a system that exchanges names."""
+    new, out = tmp_path / "new", tmp_path / "out"
+    for folder, text in ((new, "new"), (out, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                if calls == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        stages.os = SimpleNamespace(**{**vars(os), "replace": counted(os.replace)})
+        stages.shutil = SimpleNamespace(rmtree=counted(shutil.rmtree))
+        stages.exchange_names = counted(stages.exchange_names if exchange else lambda one, other: False)
+        try:
+            stages.publish_directory(new, out)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (moment < (3 if exchange else 5))
+    whole = out.exists()
+    assert whole or not exchange
+    stages.recover_published(out)
+    assert (out / "file").read_text() in ("old", "new")
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize(("name", "number", "kept"), [("append", 1, False), ("append", 7, True), ("finish", 2, True)])
@@ -158,6 +190,81 @@ def test_what_is_left_of_another_source_is_dropped(tmp_path: Path) -> None:
     compress_directory(source, out)
     decompress_directory(out, tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(source)
+
+
+def test_files_that_the_source_lost_since_do_not_come_back(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    (source / "sub").mkdir()
+    for name in ("notes.txt", "sub/more.txt"):
+        (source / name).write_text("old")
+    killed_run(source, out, resumable, "write_manifest", 1)
+    assert (tmp_path / ".out.partial" / "sub" / "more.txt").exists()
+    shutil.rmtree(source / "sub")
+    (source / "notes.txt").unlink()
+    compress_directory(source, out)
+    decompress_directory(out, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+    assert not (out / "sub").exists() and not (out / "notes.txt").exists()
+
+
+def test_another_spelling_of_the_path_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    killed_run(source, out, shard.codec, "encode_words", 2 * TENSORS)
+    encoded: list[str] = []
+    encode = shard.codec.encode_words
+    monkeypatch.setattr(shard.codec, "encode_words", lambda *args: encoded.append(args[2]) or encode(*args))
+    monkeypatch.chdir(tmp_path)
+    compress_directory(Path("source"), Path("out"))
+    assert len(set(encoded)) <= 3 * TENSORS - 5, encoded
+
+
+def test_a_second_full_disk_keeps_what_the_first_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    killed_run(source, out, shard.codec, "encode_words", TENSORS + 4)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(container.SafetensorsWriter, "append", full)
+        patch.setattr(stages.os, "fsync", full)
+        with pytest.raises(CheckpointError, match="run the same command again"):
+            compress_directory(source, out)
+    assert (tmp_path / ".out.partial" / "model-0.safetensors").exists()
+    encoded: list[str] = []
+    encode = shard.codec.encode_words
+    monkeypatch.setattr(shard.codec, "encode_words", lambda *args: encoded.append(args[2]) or encode(*args))
+    compress_directory(source, out)
+    assert len(set(encoded)) <= 2 * TENSORS, encoded
+
+
+def test_a_source_that_cannot_be_read_is_named_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+
+    def refuse(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source / "model-1.safetensors"))
+
+    monkeypatch.setattr(shard.codec, "encode_words", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot use \S+model-1\.safetensors: Permission denied"):
+        compress_directory(source, out)
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process before ends between the opening and the locking: its lock file is gone, a new one is made."""
+    notes = tmp_path / ".out.progress"
+    lockf, opened = resumable.fcntl.lockf, []
+
+    def lock(stream: Any, how: int) -> None:
+        opened.append(os.fstat(stream.fileno()).st_ino)
+        if len(opened) == 1:
+            shutil.rmtree(notes)
+        lockf(stream, how)
+
+    monkeypatch.setattr(resumable.fcntl, "lockf", lock)
+    with resumable._locked(notes, tmp_path / "out"):
+        assert len(opened) == 2 and (notes / "lock").stat().st_ino == opened[1]
 
 
 def test_a_damaged_leftover_is_noticed_and_made_anew(tmp_path: Path) -> None:

@@ -36,6 +36,15 @@ def test_saving_gives_identical_files(pairs: Pairs, name: str, dtype: torch.dtyp
     assert all(source[name] == value for name, value in hashes(tmp_path / "back").items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_that_are_none_are_saved_too(pairs: Pairs, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = pairs("llama").packed(dtype)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").model.norm.weight[0].isnan()
+
+
 def test_a_changed_weight_is_saved_or_refused_but_never_lost(pairs: Pairs, tmp_path: Path) -> None:
     model = pairs("llama").packed()
     norm = model.model.norm.weight

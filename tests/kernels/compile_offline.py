@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ernie_elastic.kernels.lane_tiles import triton_impl as lanes
+from ernie_elastic.kernels.tbe_decode import triton_bitmap_tiles as bitmaps
 from ernie_elastic.kernels.tbe_decode import triton_impl as tbe
 from ernie_elastic.kernels.zip_gemm import triton_impl as gemm
 from ernie_elastic.kernels.zip_moe import triton_impl as moe
@@ -89,12 +90,16 @@ def moe_cases(packed: bool) -> list[Case]:
 
 
 def decode_cases() -> list[Case]:
-    """Decoding to a buffer: the stored dense planes, and tiles of lanes."""
+    """Decoding to a buffer: both stored layouts, and tiles of lanes."""
     dense = {"low": "*u8", "planes": "*u8", "fallbacks": "*u8", "offsets": "*i64", "out": "*i16"}
     dense |= {"count": "i64", "plane_bytes": "i64", "base": "i32"}
+    blocks = {"low": "*u8", "bitmaps": "*u8", "full": "*i16", "ends": "*i64", "first": "*u8", "out": "*i16"}
+    blocks |= {"rows": "i32", "columns": "i32", "across": "i32", "blocks_of_a_matrix": "i32", "plane_bytes": "i64"}
+    sizes = {"PLACES": bitmaps.WEIGHTS, "EDGE": bitmaps.SIDE}
     tiles = {**PACKED, "matrices": "*i32", "out": "*u16", "rows": "i32", "columns": "i32"}
     return [
         Case("tbe_decode", tbe.decode_kernel, dense, {"TILE_SIZE": tbe.TILE}, tbe.TILE, 11.34),
+        Case("tbe_decode_bitmaps", bitmaps.bitmap_tiles_kernel, blocks, sizes, bitmaps.WEIGHTS, 11.34),
         Case("lane_tiles_unpack", lanes.unpack_kernel, tiles, {"INTERP": False}, 4096, BITS),
     ]
 

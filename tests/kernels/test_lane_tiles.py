@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,12 @@ from torch import Tensor
 from ernie_elastic.errors import ConfigError, FormatError
 from ernie_elastic.kernels import lane_tiles
 from ernie_elastic.kernels.lane_tiles import reference
+from ernie_elastic.kernels.lane_tiles import triton_impl as lane_triton
+from ernie_elastic.kernels.tbe_decode import triton_bitmap_tiles as bitmap_triton
+from ernie_elastic.kernels.tbe_decode import triton_impl as decode_triton
+from ernie_elastic.kernels.triton_backend import launches_kernels
+from ernie_elastic.kernels.zip_gemm import triton_impl as gemm_triton
+from ernie_elastic.kernels.zip_moe import triton_impl as moe_triton
 from tests.kernels.compare import any_words, gaussian, same_bits
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 65, 63), (2, 7, 130), (1, 129, 64)]
@@ -47,6 +56,51 @@ def test_every_matrix_comes_back(shape: tuple[int, int, int], device: torch.devi
         out = torch.empty(2, *shape[1:], dtype=torch.bfloat16, device=device)
         found = lane_tiles.unpack(packed.to(device), chosen, "triton", out)
         assert found is out and same_bits(out.cpu(), weight_DRC[chosen])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 200, 70)], ids=str)
+@pytest.mark.parametrize("on", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_are_looked_up(shape: tuple[int, int, int], on: str) -> None:
+    for make in MAKERS:
+        weight_RC = make(*shape)[0]
+        packed = lane_tiles.pack(weight_RC[None]).to(on)
+        row_N = torch.cat((torch.randint(shape[1], (90,)), torch.arange(shape[1])))
+        assert same_bits(lane_tiles.unpack_rows(packed, row_N.to(on)).cpu(), weight_RC[row_N])
+    assert lane_tiles.unpack_rows(packed, row_N[:0].to(on)).shape == (0, shape[2])
+
+
+def test_packing_in_parts_gives_the_same_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_DRC = torch.cat([gaussian(1, 300, 130), any_words(1, 300, 130)])
+    whole = lane_tiles.pack(weight_DRC)
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 1)
+    parts = lane_tiles.pack(weight_DRC)
+    assert all(torch.equal(array, parts.tensors[name]) for name, array in whole.tensors.items())
+    with pytest.raises(FormatError, match=r"low has \d+ of torch.int16, expected 30720 of int32"):
+        dataclasses.replace(whole, low=whole.low.view(torch.int16))
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(index: torch.device) -> Iterator[None]:
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = launches_kernels(lambda packed, number: torch.tensor(number))
+    there = SimpleNamespace(low=SimpleNamespace(device=torch.device("cuda", 1)))
+    assert kernel(there, number=3) == 3 and entered == [torch.device("cuda", 1)]
+    assert kernel(torch.zeros(1), 4) == 4 and len(entered) == 1
+    for module in (lane_triton, gemm_triton, moe_triton, decode_triton, bitmap_triton):
+        assert hasattr(getattr(module, "run", None) or getattr(module, "unpack", None) or module.decode, "__wrapped__")
+
+
+def test_a_row_that_is_not_there_is_named() -> None:
+    packed = lane_tiles.pack(gaussian(1, 70, 64))
+    for row in (-1, 70):
+        with pytest.raises(IndexError, match=f"rows {row} to {row} of a matrix of 70"):
+            lane_tiles.unpack_rows(packed, torch.tensor([row]))
 
 
 @pytest.mark.interpreter

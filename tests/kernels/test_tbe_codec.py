@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -14,6 +16,7 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels import native, tbe_codec
 from ernie_elastic.kernels.tbe_codec import cpu_impl, reference
 from ernie_elastic.kernels.tbe_codec.reference import RANKS, TILE, WINDOW, Fields, Words
+from tests.support import ROOT
 
 NATIVE = pytest.mark.skipif(cpu_impl.load().library is None, reason=f"no native codec: {cpu_impl.load().reason}")
 LEVELS = range(cpu_impl.load().library.tbe_level() + 1 if cpu_impl.load().library is not None else 0)
@@ -202,3 +205,30 @@ def test_ranks_of_a_frame_are_the_reference_s(seed: int, count: int, any_word: b
         if escapes.size:
             assert not decode(pairs, low_N, table, escapes[:-1], back)
     assert tbe_codec.decode_ranks(pairs, low_N, table, escapes, back, "reference")
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import torch
+from ernie_elastic.compression import codec
+torch.set_num_threads(2)
+words = torch.randint(0, 65536, (4096, 4096), dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+codec.encode(words[:64, :64])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), -1))
+try:
+    codec.encode(words)
+except MemoryError as error:
+    print("refused:", error)
+else:
+    print("encoded")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("megabytes", [60, 90, 110])
+def test_too_little_memory_is_an_error_not_the_end_of_the_process(megabytes: int) -> None:
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(megabytes << 20)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.startswith(("refused:", "encoded"))

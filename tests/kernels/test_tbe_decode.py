@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +63,47 @@ def test_stored_codec_writes_these_planes() -> None:
     planes = tbe_decode.encode(weight_n)
     for part in (planes.low, planes.planes, planes.fallbacks):
         assert part.numpy().tobytes() in stream
+
+
+BLOCK_SHAPES = [(1, 1, 1), (1, 64, 64), (3, 65, 63), (2, 7, 130), (1, 129, 200)]
+
+
+@interpreted
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
+def test_bitmap_tiles_of_every_shape_survive(shape: tuple[int, int, int], device: torch.device) -> None:
+    ones = torch.full(shape, 1.0).to(torch.bfloat16)
+    for weight_ERC in (gaussian(*shape), any_words(*shape), ones, -ones * float("inf")):
+        tiles = tbe_decode.encode_bitmap_tiles(weight_ERC)
+        assert same_bits(tbe_decode.decode(tiles, "reference"), weight_ERC)
+        assert same_bits(tbe_decode.decode(tiles.to(device), "triton").cpu(), weight_ERC)
+
+
+@interpreted
+def test_bitmap_tiles_keep_every_pattern(all_patterns: Tensor, device: torch.device) -> None:
+    weight_ERC = all_patterns[torch.randperm(65536)].reshape(2, 256, 128)
+    tiles = tbe_decode.encode_bitmap_tiles(weight_ERC)
+    assert same_bits(tbe_decode.decode(tiles.to(device), "triton").cpu(), weight_ERC)
+
+
+def test_the_stored_codec_writes_these_bitmap_tiles() -> None:
+    from ernie_elastic.compression import codec
+
+    weight_ERC = torch.cat([gaussian(1, 70, 130), 30 * gaussian(1, 70, 130)])
+    tiles = tbe_decode.encode_bitmap_tiles(weight_ERC)
+    encoded = codec.encode(weight_ERC, layout="tca_tbe").stream.tobytes()
+    assert len(set(tiles.first.tolist())) == 2 and tiles.full.numel() > 16
+    for name in ("ends", "bitmaps", "full", "low", "first"):
+        assert getattr(tiles, name).numpy().tobytes() in encoded, name
+
+
+def test_wrong_bitmap_tiles_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"expected bfloat16 \[E, R, C\] with weights"):
+        tbe_decode.encode_bitmap_tiles(gaussian(4, 4))
+    tiles = tbe_decode.encode_bitmap_tiles(gaussian(1, 70, 64))
+    with pytest.raises(FormatError, match="first has 0 elements, expected 1"):
+        dataclasses.replace(tiles, first=tiles.first[:0])
+    with pytest.raises(FormatError, match="ends disagree"):
+        tbe_decode.decode(dataclasses.replace(tiles, ends=tiles.ends + 16), "reference")
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 from collections.abc import Callable, Iterator
@@ -335,3 +336,13 @@ def test_experts_that_do_not_fit_one_call_are_left_to_the_caller() -> None:
         zip_gemv.experts(one, down, gate_up, ids, weights)
     with pytest.raises(ConfigError, match="negative"):
         zip_gemv.experts(torch.zeros(1, 8), gate_up, down, -many[:1] - 1, torch.ones(1, 1))
+
+
+@needs_native
+def test_a_bound_product_keeps_its_matrix() -> None:
+    weight = gaussian(64, 128)
+    product = zip_gemv.bind(zip_gemv.pack(weight))
+    gc.collect()
+    spare = [torch.full((64 * 128,), 255, dtype=torch.uint8) for _ in range(8)]  # whatever was freed is used again
+    assert product is not None and len(spare) == 8
+    torch.testing.assert_close(product(torch.ones(1, 128)), weight.float().sum(1)[None], rtol=1e-4, atol=1e-5)

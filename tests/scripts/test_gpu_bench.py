@@ -55,6 +55,21 @@ def test_zip_moe_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
+def test_tbe_decode_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tbe_decode = bench("tbe_decode")
+    monkeypatch.setattr(tbe_decode, "QUICK_SHAPES", ((128, 192),))
+    rows = tbe_decode.run(True)
+    assert [row.case for row in rows] == ["128x192: dense_plane", "128x192: tca_tbe"]
+    for row in rows:
+        assert set(row.theirs) == set(tbe_decode.PEERS)
+        assert row.theirs["copy"] == pytest.approx(4 * 128 * 192 / 1e9) and row.ours < row.theirs["copy"] * 1.3
+    real = tbe_decode.tbe_decode.decode
+    monkeypatch.setattr(tbe_decode.tbe_decode, "decode", lambda packed: -real(packed))
+    with pytest.raises(RuntimeError, match="the bits differ"):
+        tbe_decode.run(True)
+
+
+@interpreted
 def test_wrong_experts_are_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     zip_moe = bench("zip_moe")
     for name, value in SMALL.items():

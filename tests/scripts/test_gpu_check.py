@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import sys
@@ -26,7 +27,16 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu_check", module)  # dataclasses look it up
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "BENCHMARKS", ("zip_gemm", "zip_moe"))  # those that the tests plant
     return module
+
+
+def test_every_benchmark_of_a_gpu_is_run() -> None:
+    tree = ast.parse((ROOT / "scripts" / "gpu_check.py").read_text())
+    named = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
+                 and getattr(node.targets[0], "id", "") == "BENCHMARKS")  # fmt: skip
+    need_gpu = {path.stem for path in (ROOT / "scripts" / "bench").glob("*.py") if "gpu.run_all(" in path.read_text()}
+    assert set(named) == need_gpu and len(named) == len(need_gpu) >= 3
 
 
 def row(case: str, ours: float = 2.0) -> Any:
@@ -125,8 +135,9 @@ def test_tests_that_fail_hang_or_cannot_run_are_told_apart(check: Any, monkeypat
         check.run_tests(results[outcome], "cuda:1", outcome == 0, 50.0)
     assert (results[0].tests, results[0].problems) == ("1 failed in 2s", [])
     assert results[1].problems == ["kernel tests: 1 failed in 2s: tests/kernels/test_x.py::test_y"]
-    assert results["hang"].tests == "stopped after 50 s" and results["hang"].skipped and not results["hang"].problems
+    assert results["hang"].tests == "stopped after 50 s" and "stopped after 50 s" in results["hang"].problems[0]
     assert "tests/kernels/test_zip_gemm.py" in commands[0] and "tests/kernels" in commands[1]
+    assert "tests/compression/test_packed.py" in commands[1] and "tests/compression/test_packed.py" not in commands[0]
     monkeypatch.setattr(check, "NEEDED_BY_TESTS", ("no_such_module",))
     found = check.Found()
     check.run_tests(found, "cuda", True, 50.0)

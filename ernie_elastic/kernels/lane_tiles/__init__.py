@@ -14,10 +14,10 @@ from typing import Literal
 from torch import Tensor
 
 from ernie_elastic.kernels.lane_tiles import reference
-from ernie_elastic.kernels.lane_tiles.reference import TILE, PackedStack, pack
+from ernie_elastic.kernels.lane_tiles.reference import TILE, PackedStack, pack, unpack_rows
 from ernie_elastic.kernels.triton_backend import use_triton
 
-__all__ = ["TILE", "PackedStack", "pack", "unpack"]
+__all__ = ["TILE", "PackedStack", "pack", "unpack", "unpack_rows"]
 Backend = Literal["auto", "triton", "reference"]
 
 

@@ -38,6 +38,8 @@ TILE, LANES, WARPS = 64, 128, 4
 WINDOW = 7
 MAX_FALLBACKS_OF_A_LANE = 7  # what two registers hold beside the zero of "no fallback"
 BYTES_BEFORE, BYTES_BEHIND = 4, 12
+WEIGHTS_AT_ONCE = 1 << 21  # of packing, rounded to whole rows of tiles: each costs some 60 bytes of temporaries
+ROWS_AT_ONCE = 64  # of a look-up: each weight costs a few hundred bytes of temporaries
 # Dimensions of a tile as rows (w, h, g) and columns (j, b1, t, b0), and the order in which lanes hold them.
 SPLIT = (4, 2, 8, 4, 2, 4, 2)
 TO_LANES = (0, 1, 3, 6, 2, 4, 5, 7)
@@ -57,6 +59,25 @@ class PackedStack:
     raw_index: Tensor
     raw_warps: Tensor
     raw: Tensor
+
+    def __post_init__(self) -> None:
+        """FormatError for arrays of another size or kind than the layout has: kernels read by address."""
+        count = self.shape[0] * self.tiles_of_a_matrix
+        sizes = {"low": 1024 * count, "planes": 384 * count, "tables": 2 * self.shape[0], "offsets": WARPS * count,
+                 "raw_index": count}  # fmt: skip
+        for name, array in self.tensors.items():
+            found = f"{array.numel()} of {array.dtype}{'' if array.is_contiguous() else ', not contiguous'}"
+            if (
+                array.dtype != torch.int32
+                or not array.is_contiguous()
+                or array.numel() != sizes.get(name, array.numel())
+            ):
+                raise FormatError(
+                    f"packed stack {self.shape}: {name} has {found}, expected {sizes.get(name, 'some')} of int32; "
+                    "pack the matrices anew"
+                )
+        if self.low.device != self.raw.device or self.low.device != self.fallbacks.device:
+            raise FormatError(f"packed stack {self.shape}: its arrays lie on several devices; pack the matrices anew")
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -122,11 +143,24 @@ def pack(weight_DRC: Tensor) -> PackedStack:
 
 def _pack_matrix(weight_RC: Tensor) -> tuple[Tensor, ...]:
     """low, planes, table, fallbacks (bytes), fallbacks of each warp, raw tiles' flags and words of one matrix."""
+    columns = weight_RC.shape[1]
+    at_once = max(1, WEIGHTS_AT_ONCE // (TILE * columns)) * TILE  # rows, whole tiles
+    counts_256 = torch.zeros(256, dtype=torch.int64, device=weight_RC.device)
+    for part_RC in weight_RC.split(at_once):
+        exponent = part_RC.contiguous().view(torch.int16).int() >> 7 & 0xFF
+        counts_256 += torch.bincount(exponent.flatten(), minlength=256)
+    cumulative = torch.cat((counts_256.new_zeros(1), counts_256.cumsum(0)))
+    base = int((cumulative[WINDOW:] - cumulative[:-WINDOW]).argmax()) - 1
+    parts = [_pack_rows(part_RC, base) for part_RC in weight_RC.split(at_once)]
+    low, planes, fallbacks, per_warp, is_raw, raw = (torch.cat(part) for part in zip(*parts, strict=True))
+    table = torch.tensor([0, *(base + c for c in range(1, 8))], dtype=torch.uint8, device=low.device)
+    return low, planes, table.view(torch.int32), fallbacks, per_warp, is_raw, raw
+
+
+def _pack_rows(weight_RC: Tensor, base: int) -> tuple[Tensor, ...]:
+    """low, planes, fallbacks (bytes), fallbacks of each warp, raw tiles' flags and words of some rows of tiles."""
     rows, columns = weight_RC.shape
     word_RC = weight_RC.contiguous().view(torch.int16).int() & 0xFFFF
-    histogram = torch.bincount((word_RC >> 7 & 0xFF).flatten(), minlength=256).cumsum(0)
-    cumulative = torch.cat((histogram.new_zeros(1), histogram))
-    base = int((cumulative[WINDOW:] - cumulative[:-WINDOW]).argmax()) - 1
     pads = (0, -columns % TILE, 0, -rows % TILE)
     padded = torch.nn.functional.pad(word_RC, pads, value=base + 1 << 7)
     word_TL = to_lanes(padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(0, 1))
@@ -139,12 +173,11 @@ def _pack_matrix(weight_RC: Tensor) -> tuple[Tensor, ...]:
     planes = torch.stack([((code >> k & 1) << place).sum(2, dtype=torch.int32) for k in range(3)], 1)
     byte = (word_TL >> 8 & 0x80 | word_TL & 0x7F).to(torch.uint8)
     low = byte.view(-1, LANES, 2, 16).transpose(1, 2).contiguous().view(torch.int32)
-    table = torch.tensor([0, *(base + c for c in range(1, 8))], dtype=torch.uint8, device=word_TL.device)
     raw = word_TL.view(-1, WARPS, 32, 32)[is_raw_TW].to(torch.int16)
     raw = raw.view(-1, 32, 2, 4, 2, 2).permute(0, 2, 4, 1, 3, 5).contiguous().view(torch.int32).squeeze(5)
     missing = code == 0
     per_warp = missing.view(-1, LANES // WARPS * 32).sum(1)
-    return low, planes, table.view(torch.int32), exponent[missing].to(torch.uint8), per_warp, is_raw_TW, raw
+    return low, planes, exponent[missing].to(torch.uint8), per_warp, is_raw_TW, raw
 
 
 def bit_of_weight(device: torch.device) -> Tensor:
@@ -207,3 +240,53 @@ def _unpack_matrix(packed: PackedStack, matrix: int) -> Tensor:
     tile_rows = from_lanes(word).view(tiles(rows), tiles(columns), TILE, TILE).transpose(1, 2)
     whole = tile_rows.reshape(tiles(rows) * TILE, tiles(columns) * TILE)[:rows, :columns]
     return torch.where(whole > 0x7FFF, whole - 0x10000, whole).to(torch.int16).view(torch.bfloat16)
+
+
+def unpack_rows(packed: PackedStack, rows_N: Tensor) -> Tensor:
+    """Rows int64 [N] of the first matrix [R, C], repeats allowed: BF16 [N, C], bit-exact. Nothing waits for a GPU.
+
+    For a row that is not there: IndexError on the CPU, a failed assertion on a GPU. ours: reason: a row of a tile is
+    half of each of four lanes.
+    """
+    rows, columns = packed.shape[1:]
+    if rows_N.is_cuda:
+        torch._assert_async(((rows_N >= 0) & (rows_N < rows)).all())  # as an embedding does: nothing waits
+    elif rows_N.numel() and not 0 <= int(rows_N.min()) <= int(rows_N.max()) < rows:
+        raise IndexError(f"rows {int(rows_N.min())} to {int(rows_N.max())} of a matrix of {rows}")
+    if not rows_N.numel():
+        return packed.low.new_empty(0, columns, dtype=torch.bfloat16)
+    return torch.cat([_unpack_rows(packed, part_N) for part_N in rows_N.split(ROWS_AT_ONCE)])
+
+
+def _unpack_rows(packed: PackedStack, rows_N: Tensor) -> Tensor:
+    """`unpack_rows` of few rows. Letters: N rows, K column tiles, L = 4 lanes of the row, W = 16 weights of each."""
+    columns, here = packed.shape[2], rows_N % TILE
+    warp, half, group = here // 16, here % 16 // 8, here % 8
+    device = rows_N.device
+    tile_NK = (rows_N // TILE)[:, None] * tiles(columns) + torch.arange(tiles(columns), device=device)
+    planes = packed.planes.view(-1, 3, WARPS, 32)[tile_NK, :, warp[:, None]]  # [N, K, 3, 32], the whole warp
+    bits = planes[..., None] >> bit_of_weight(device) & 1
+    code = bits[:, :, 0] | bits[:, :, 1] << 1 | bits[:, :, 2] << 2  # [N, K, 32, 32]
+    missing = (code == 0).flatten(2)
+    before = missing.cumsum(2).view_as(code) - 1
+    lane = 4 * group[:, None, None] + torch.arange(4, device=device)  # [N, 1, L]
+    weight = 16 * half[:, None, None, None] + torch.arange(16, device=device)  # [N, 1, 1, W]
+    n, k = torch.arange(len(rows_N), device=device)[:, None, None], torch.arange(tiles(columns), device=device)[:, None]
+    mine = (n[..., None], k[..., None], lane[..., None], weight)
+    code, place = code[mine], before[mine]  # [N, K, L, W]
+    first_NK = packed.offsets.view(-1, WARPS)[tile_NK, warp[:, None]].long() + BYTES_BEFORE
+    stored = packed.fallbacks.view(torch.uint8)
+    place = torch.where(code == 0, first_NK[..., None, None] + place, 0)
+    exponent = torch.where(code == 0, stored[place], packed.tables[0].view(torch.uint8)[code.long()]).int()
+    low_words = packed.low.view(-1, 2, WARPS, 32, 4)[tile_NK[..., None], half[:, None, None], warp[:, None, None], lane]
+    low = low_words.contiguous().view(torch.uint8).view(code.shape).int()
+    word = (low & 0x80) << 8 | exponent << 7 | low & 0x7F
+    if packed.raw.numel():
+        index_NK = packed.raw_index[tile_NK].long()
+        place_NK = packed.raw_warps[index_NK.clamp(min=0), warp[:, None]].long().where(index_NK >= 0, -1)
+        pairs = packed.raw[place_NK.clamp(min=0)[..., None], half[:, None, None], :, lane]  # [N, K, L, 2, 4]
+        raw = pairs.transpose(3, 4).contiguous().view(torch.int16).view(code.shape).int() & 0xFFFF
+        word = torch.where((place_NK >= 0)[..., None, None], raw, word)
+    # From lanes t and weights (j, b1, b0) to columns 16 * j + 8 * b1 + 2 * t + b0.
+    word = word.view(*word.shape[:2], 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(len(rows_N), -1)[:, :columns]
+    return torch.where(word > 0x7FFF, word - 0x10000, word).to(torch.int16).view(torch.bfloat16)

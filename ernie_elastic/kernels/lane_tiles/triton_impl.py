@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_elastic.kernels.lane_tiles.reference import TILE, PackedStack, tiles
-from ernie_elastic.kernels.triton_backend import interpreting
+from ernie_elastic.kernels.triton_backend import interpreting, launches_kernels
 
 # Read when the kernels below are decorated: the interpreter has no inline assembly.
 INTERPRETED = interpreting()
@@ -172,6 +172,7 @@ def arguments(packed: PackedStack) -> tuple[Tensor, ...]:
     return tuple(tensor if name in signed else tensor.view(torch.uint32) for name, tensor in packed.tensors.items())
 
 
+@launches_kernels
 def unpack(packed: PackedStack, matrices: Sequence[int], out: Tensor | None = None) -> Tensor:
     """BF16 [G, R, C] of the listed matrices, decoded on the device of the arrays, into `out` if given."""
     _, rows, columns = packed.shape

@@ -59,6 +59,8 @@ def encode(library: ctypes.CDLL, words_En: Words, fields: Fields, level: int = l
     first, threads = _address(fields.first_E), torch.get_num_threads()
     size = fields.fallback_F.size
     code = library.tbe_encode(_address(words_En), matrices, count, first, level, threads, *out, size)
+    if code == -2:
+        raise MemoryError(f"encoding {words_En.size} weights: no memory is left; use fewer threads")
     np.cumsum(fields.ends_T, out=fields.ends_T)
     return code == 0
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -91,26 +92,32 @@ void tbe_count(const uint16_t* words, int64_t matrices, int64_t count, int threa
 }
 
 // words [E, n] with windows first [E] to per_tile int64 [E, T], low [E, n], planes [E, 3, P] and fallbacks [total].
-// Returns 0, or -1 when the words hold another number of fallbacks than `total`.
+// Returns 0, -1 when the words hold another number of fallbacks than `total`, or -2 when memory ran out.
 int tbe_encode(const uint16_t* words, int64_t matrices, int64_t count, const uint8_t* first, int64_t level, int threads,
                int64_t* per_tile, uint8_t* low, uint8_t* planes, uint8_t* fallbacks, int64_t total) {
   if (count == 0) return total == 0 ? 0 : -1;
   const int64_t tiles = matrices * ((count + tbe::kTile - 1) / tbe::kTile), plane = (count + 7) / 8;
   const tbe::Level chosen = tbe::Level(std::min<int64_t>(level, tbe::supported_level()));
   std::vector<std::vector<uint8_t>> found(size_t(std::max(1, threads)));
+  std::atomic<bool> memory{true};
   tbe::parallel(tiles, matrices * count, threads, [&](int64_t begin, int64_t end, int64_t part) {
-    std::vector<uint8_t>& own = found[size_t(part)];
-    own.reserve(size_t((end - begin) * tbe::kTile / 16));
-    uint8_t buffer[tbe::kTile + 64];
-    for (int64_t k = begin; k < end; ++k) {
-      const tbe::Tile tile = tbe::tile_of(k, count);
-      const int64_t at = tile.matrix * count + tile.begin, bits = tile.matrix * 3 * plane + tile.begin / 8;
-      const tbe::Group group{words + at, low + at, {planes + bits, planes + bits + plane, planes + bits + 2 * plane}};
-      const uint8_t* stop = tbe::encode_tile(chosen, group, tile.end - tile.begin, first[tile.matrix], buffer);
-      per_tile[k] = stop - buffer;
-      own.insert(own.end(), static_cast<const uint8_t*>(buffer), stop);
+    try {
+      std::vector<uint8_t>& own = found[size_t(part)];
+      own.reserve(size_t((end - begin) * tbe::kTile / 16));
+      uint8_t buffer[tbe::kTile + 64];
+      for (int64_t k = begin; k < end && memory; ++k) {
+        const tbe::Tile tile = tbe::tile_of(k, count);
+        const int64_t at = tile.matrix * count + tile.begin, bits = tile.matrix * 3 * plane + tile.begin / 8;
+        const tbe::Group group{words + at, low + at, {planes + bits, planes + bits + plane, planes + bits + 2 * plane}};
+        const uint8_t* stop = tbe::encode_tile(chosen, group, tile.end - tile.begin, first[tile.matrix], buffer);
+        per_tile[k] = stop - buffer;
+        own.insert(own.end(), static_cast<const uint8_t*>(buffer), stop);
+      }
+    } catch (const std::bad_alloc&) {  // must not leave a thread
+      memory = false;
     }
   });
+  if (!memory) return -2;
   int64_t sum = 0;
   for (const auto& own : found) sum += int64_t(own.size());
   if (sum != total) return -1;

@@ -13,15 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie_elastic.kernels.tbe_decode.reference import TILE, DensePlanes
+from ernie_elastic.kernels.triton_backend import launches_kernels
 
 
 @triton.jit
 def load_codes(planes, index, plane_bytes, mask):
     """3-bit codes of the elements `index` from three bit planes of `plane_bytes` bytes each; 0 where masked."""
-    byte, bit = index // 8, (index % 8).to(tl.int32)
-    first = tl.load(planes + byte, mask=mask, other=0).to(tl.int32) >> bit & 1
-    second = tl.load(planes + plane_bytes + byte, mask=mask, other=0).to(tl.int32) >> bit & 1
-    third = tl.load(planes + 2 * plane_bytes + byte, mask=mask, other=0).to(tl.int32) >> bit & 1
+    bit = (index % 8).to(tl.int32)
+    place = planes + index // 8
+    first = tl.load(place, mask=mask, other=0).to(tl.int32) >> bit & 1
+    place += plane_bytes  # step by step: twice the size may not fit its integer
+    second = tl.load(place, mask=mask, other=0).to(tl.int32) >> bit & 1
+    place += plane_bytes
+    third = tl.load(place, mask=mask, other=0).to(tl.int32) >> bit & 1
     return first | second << 1 | third << 2
 
 
@@ -46,6 +50,7 @@ def decode_kernel(low, planes, fallbacks, offsets, out, count, plane_bytes, base
     tl.store(out + index, word.to(tl.int16), mask=inside)
 
 
+@launches_kernels
 def decode(planes: DensePlanes) -> Tensor:
     """BF16 [n], bit-exact, on the device of the planes (CUDA, or CPU when TRITON_INTERPRET was set at import)."""
     out_n = torch.empty(planes.count, dtype=torch.int16, device=planes.low.device)

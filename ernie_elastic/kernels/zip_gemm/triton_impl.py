@@ -21,7 +21,7 @@ from torch import Tensor
 from ernie_elastic.kernels.lane_tiles.product import add_product, load_words
 from ernie_elastic.kernels.lane_tiles.reference import TILE
 from ernie_elastic.kernels.lane_tiles.triton_impl import arguments
-from ernie_elastic.kernels.triton_backend import interpreting
+from ernie_elastic.kernels.triton_backend import interpreting, launches_kernels
 
 # Read when the kernels below are decorated: the interpreter keeps BF16 as raw bits, so its dots run in float32.
 INTERPRETED = interpreting()
@@ -90,6 +90,7 @@ def default_tiles(batch: int, rows: int, columns: int) -> Tiles:
     return Tiles(size, splits)
 
 
+@launches_kernels
 def run(x_MC: Tensor, weights: tuple[Tensor, ...], shape: tuple[int, ...], tiles: Tiles | None, packed: bool) -> Tensor:
     """x BF16 [M, C] times the transpose of the packed or plain matrix of `shape` [R, C]: float32 [M, R]."""
     (rows, columns), batch = shape, x_MC.shape[0]

@@ -79,6 +79,13 @@ def _native_for(backend: str, packed: PackedMatrix) -> bool:
     return known or _native(backend, packed.tensors["low"].device)
 
 
+def _check_device(name: str, tensor: Tensor, packed: PackedMatrix) -> None:
+    """ConfigError unless the tensor lies where the matrix lies: C++ reads addresses."""
+    device = packed.tensors["low"].device
+    if tensor.device != device:
+        raise ConfigError(f"zip_gemv: {name} is on {tensor.device}, the packed matrix on {device}; move one of them")
+
+
 def pack(weight_RC: Tensor, backend: Backend = "auto") -> PackedMatrix:
     """BF16 [R, C] (any strides, any device) -> PackedMatrix on the same device; every back end gives the same bits.
 
@@ -116,6 +123,7 @@ def unpack_rows(
 
     Raises ConfigError for an index outside the matrix, another dtype or a back end that cannot run.
     """
+    _check_device("rows", rows_N, packed)
     if _native_for(backend, packed):
         return cpu_impl.unpack_rows(packed, rows_N, dtype)
     return reference.unpack_rows(packed, rows_N, dtype)
@@ -135,6 +143,7 @@ def matmul(
             f"zip_gemv: x is {x_MC.dtype} {tuple(x_MC.shape)}, the matrix {packed.shape} needs torch.float32 "
             f"[M, {packed.shape[1]}]; convert x"
         )
+    _check_device("x", x_MC, packed)
     if _native_for(backend, packed):
         return cpu_impl.matmul(x_MC, packed, start, stop)
     return reference.matmul(x_MC, packed, start=start, stop=stop)

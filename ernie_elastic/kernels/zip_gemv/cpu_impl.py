@@ -196,11 +196,13 @@ def bind(packed: PackedMatrix) -> Callable[[Tensor], Tensor]:
 
     It maps contiguous float32 [..., C] with at most FUSED_MAX_ROWS rows, which it does not check, to [..., R].
     """
-    call, address, (rows, columns) = _library().zip_matmul, prepare(packed), packed.shape
+    call, (rows, columns) = _library().zip_matmul, packed.shape
+    prepare(packed)
+    kept = packed.prepared["native"]  # held by the function: its second item is the address of the first
 
     def product(x: Tensor) -> Tensor:
         y = torch.empty(*x.shape[:-1], rows)
-        call(address, x.data_ptr(), x.numel() // columns, 0, rows, torch.get_num_threads(), y.data_ptr())
+        call(kept[1], x.data_ptr(), x.numel() // columns, 0, rows, torch.get_num_threads(), y.data_ptr())
         return y
 
     return product

@@ -23,7 +23,7 @@ from torch import Tensor
 from ernie_elastic.kernels.lane_tiles import triton_impl as lane_tiles
 from ernie_elastic.kernels.lane_tiles.product import add_product, load_words, round_to_bf16
 from ernie_elastic.kernels.lane_tiles.reference import TILE, PackedStack
-from ernie_elastic.kernels.triton_backend import interpreting
+from ernie_elastic.kernels.triton_backend import interpreting, launches_kernels
 
 # Read when the kernels below are decorated: the interpreter keeps BF16 as raw bits and truncates when it rounds to it.
 INTERPRETED = interpreting()
@@ -224,6 +224,7 @@ def plan(ids_NK: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
     return pair_of_slot, expert_of_block
 
 
+@launches_kernels
 def run(x_NH: Tensor, stacks: Stacks, ids_NK: Tensor, weights_NK: Tensor, tiles: Tiles) -> Tensor:
     """BF16 [N, H] -> BF16 [N, H]: all four kernels, on packed or plain stacks."""
     (tokens, hidden), top_k = x_NH.shape, ids_NK.shape[1]
