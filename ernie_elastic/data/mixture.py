@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class PackedMixture:
         self.corpora, self.stages = tuple(corpora), tuple(stages)
         self.first_row = [0, *itertools.accumulate(corpus.num_rows for corpus in corpora)]
         self.first_document = [0, *itertools.accumulate(corpus.num_documents for corpus in corpora)]
+
+    def counted_by(self, unit_of: Callable[[int], int]) -> PackedMixture:
+        """The same corpora for a run whose steps read several units of rows: what is asked for are units, and stages
+        begin at unit_of(their first step)."""
+        return PackedMixture(self.corpora, [(unit_of(first), weights) for first, weights in self.stages])
 
     @property
     def num_rows(self) -> int:

@@ -105,6 +105,8 @@ def test_a_loader_reads_several_directories_that_fit_the_run(tmp_path: Path) -> 
     loader = PackedLoader(corpus, layout, 4, row_length, seed=3)
     pictures = [bool(len(loader.step(step)[0].bit_index_N)) for step in range(4)]
     assert pictures == [False, False, True, True]
+    units = PackedLoader(corpus.counted_by(lambda step: 3 * step), layout, 4, row_length, seed=3)
+    assert [bool(len(units.step(unit)[0].bit_index_N)) for unit in (5, 6)] == [False, True]
     again = PackedLoader(corpus, layout, 4, row_length, seed=3, rank=1, world_size=2).step(3)[0]
     assert torch.equal(again.text_ids_BT, loader.step(3)[0].text_ids_BT[2:])
     with pytest.raises(ConfigError, match=r"rows of 192 positions and .*short of 160; .* one --row-length"):
