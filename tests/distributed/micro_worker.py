@@ -43,8 +43,8 @@ def main() -> None:
             unit += 1
         specs = sample_specs(elastic, model.config, 0, step, 0, count)
         results, norm = engine.train_step(batches, one_or_all(specs), 1e-2)
-        assert [result.layers for result in results] == [spec.layers for spec in specs]
         for result, spec in zip(results, specs, strict=True):
+            assert set(result.layers) <= set(spec.layers) and result.routing[0].experts_NK.shape[1] == spec.top_k
             ledger.add(result.routing, result.layers, spec == model.config.full_spec())
         update_bias(engine.model, ledger.finish_step(all_reduce_sum, False), specs, 1e-3)
         losses.append([(r.sums / r.counts.clamp(min=1e-6)).tolist() for r in results])
