@@ -114,6 +114,10 @@ class Curriculum:
                 "shares or the tokens"
             )
 
+    def first_unit(self, step: int) -> int:
+        """The block of rows that a step begins with; at the run's end and beyond, one more than the last."""
+        return self._units[min(step, len(self._units) - 1)]
+
     def at(self, step: int) -> StepPlan:
         """What holds at a step of 0..steps-1. Raises ConfigError without stages: the configuration holds then."""
         if not self.stages:

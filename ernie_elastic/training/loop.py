@@ -130,7 +130,8 @@ class _Run:
         self.state = TrainerState(self.ledger, self.balance, self.guard, self.spikes)
         self.rollbacks = Rollbacks(run_dir, training.spikes)
         self.curriculum = Curriculum(training.stages, training.steps, training.rows_per_step * row_length)
-        self.corpus = corpus
+        mixed = bool(training.stages) and isinstance(corpus, PackedMixture)
+        self.corpus = corpus.counted_by(self.curriculum.first_unit) if mixed else corpus  # type: ignore[union-attr]
         self.stall_s, self.peak = 0.0, device_peak(engine.device)
         self.speed = SpeedRecord(StepFlops(self.config, row_length), self.peak, training.steps)
         self.checkpoints = CheckpointWriter(

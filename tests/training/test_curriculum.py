@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from ernie_elastic.data.mixture import PackedMixture
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.positions import rotary_frequencies, set_rope_base
 from ernie_elastic.presets import PRESETS
@@ -35,6 +38,21 @@ def test_the_batch_grows_linearly_in_tokens_and_reads_every_unit_once():
     assert sizes[0] == 1 and sizes == sorted(sizes) and sizes[-1] == 4
     for step, size in enumerate(sizes[:20]):  # paper: 14 M to 56 M, so one to four times
         assert size == min(4, int(1 + 3 * units[step].start * 1000 / 24_000))
+
+
+def test_the_weights_of_a_mixture_change_with_the_steps_of_growing_batches():
+    plan = Curriculum((TrainingStage("a", share=0.5), TrainingStage("b", share=0.5, batch_start=3, batch_end=3)), 4, 10)
+    assert [plan.first_unit(step) for step in range(6)] == [0, 1, 2, 5, 8, 8]
+    corpora = [SimpleNamespace(num_rows=50, num_documents=50) for _ in range(2)]
+    mixture = PackedMixture(corpora, [(0, (1.0, 0.0)), (3, (0.0, 1.0))]).counted_by(plan.first_unit)
+    sources = [[row // 50 for unit in plan.at(step).units for row, _ in mixture.rows_of_step(0, unit, 4)]
+               for step in range(4)]  # fmt: skip
+    assert [set(found) for found in sources] == [{0}, {0}, {0}, {1}] and [len(found) for found in sources] == [
+        4,
+        4,
+        12,
+        12,
+    ]
 
 
 def test_a_stage_in_tokens_ends_with_them():
