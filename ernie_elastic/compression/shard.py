@@ -138,11 +138,11 @@ def compress_shard(
     try:
         verify(file, written, names, step)
     except FormatError:
-        journal.path.unlink()
+        journal.path.unlink(missing_ok=True)  # there is none for a file without streams
         raise
     shard = _record(file, written, names, journal, source_hash, result)
     write_json(note, dataclasses.asdict(shard))
-    journal.path.unlink()
+    journal.path.unlink(missing_ok=True)  # there is none for a file without streams
     return shard
 
 

@@ -325,3 +325,12 @@ def test_a_strange_quantization_config_and_an_index_without_metadata(pairs: Pair
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "gptq"}))
     with pytest.raises(ConfigError, match="quantised with 'gptq'"):
         compress_directory(folder, tmp_path / "other")
+
+
+def test_a_file_without_anything_to_compress(pairs: Pairs, tmp_path: Path) -> None:
+    folder = shutil.copytree(pairs("llama").source, tmp_path / "source")
+    save_file({"mass": torch.rand(3, 4, dtype=torch.float64)}, folder / "routed_mass.safetensors")
+    report = compress_directory(folder, tmp_path / "out")
+    assert report["kept"]["F64"] == 1
+    decompress_directory(tmp_path / "out", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(folder)
