@@ -50,7 +50,6 @@ class DeepSpeedEngine(Engine):
                 dist_backend=backend, timeout=timedelta(seconds=training.step_limit_s), verbose=False
             )
         self._num_parameters = sum(p.numel() for p in model.parameters())
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.experts = ExpertParallel(model, training, device()) if training.expert_parallel > 1 else None
         expert_shard = self.experts.shard if self.experts is not None else None
         shard, power = sequence_shard(training.sequence_parallel), training.loss_weights.text_length_power
@@ -60,7 +59,6 @@ class DeepSpeedEngine(Engine):
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.engine.train()
         self.device, self.model, self.training = self.engine.device, model, training
-        _set_buffers(model, buffers, self.device)  # bf16 rounds them too: balance biases, rotary frequencies
         if self.experts is not None and self.engine.zero_optimization():
             _add_to_norm(self.engine.optimizer, self.experts)
 
