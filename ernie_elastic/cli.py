@@ -27,6 +27,7 @@ COMMANDS = {
     "info": ("info", "what a compressed directory holds, per tensor"),
     "generate": ("generate", "text, an image, a video or a sound from a prompt"),
     "evaluate": ("evaluate", "score a model on held-out records"),
+    "study": ("study", "what elastic training costs and gives: runs side by side, tables, a figure"),
     "routing": ("routing", "how experts are routed: figures, page, statistics"),
     "doctor": ("doctor", "what this machine can run, and why not"),
 }

@@ -341,6 +341,33 @@ def routing(
     run_routing(source, out, data, num_rows, overwrite)
 
 
+def study(
+    name: Annotated[Literal["elastic"], tyro.conf.Positional],
+    /,
+    *,
+    out: Path = Path("runs/study-elastic"),
+    size: Literal["full", "smoke"] = "full",
+    seeds: int = 3,
+    workers: int = 2,
+    arms: tuple[str, ...] = (),
+    tokenizers: Path | None = None,
+) -> None:
+    """Train elastic and other models on the same data and compare their held-out losses at every size.
+
+    Args:
+        name: the study.
+        out: directory of the runs, the tables and the figure; a study that was cut off goes on there.
+        size: full takes about an hour on two cores; smoke shows the way in minutes.
+        seeds: so many runs of every arm.
+        workers: runs at the same time.
+        arms: names of the ways to train (default: all).
+        tokenizers: directory that holds text/, visual/ and audio/ (default: they are trained).
+    """
+    from ernie_elastic.pipeline.study_elastic import run_study
+
+    run_study(size, out, tuple(range(seeds)), workers, arms, tokenizers)
+
+
 def doctor() -> None:
     """Print what this machine can run, and why not."""
     from ernie_elastic.pipeline.doctor import print_doctor
