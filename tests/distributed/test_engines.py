@@ -138,7 +138,7 @@ def test_bf16_follows_the_fp32_losses(options, ranks, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "ranks"), BF16)
 def test_bf16_steps_below_its_own_resolution_add_up_in_fp32_masters(options, ranks, tmp_path):
-    """A step of 1e-4 is below half a unit of a weight of 0.07 (2.4e-4): rounded at once it would be lost, every time."""
+    """A step of 1e-4 is below half a unit of a weight of 0.07 (2.4e-4): rounded at once it would be lost."""
     job = {"lr": 1e-4, "model": {"initializer_range": 0.2}}
     first, last = (train(tmp_path / f"{n}", ranks, {"precision": "bf16", **options}, steps=n, **job) for n in (1, 12))
     name = "model.layers.0.self_attn.q_proj.weight"
