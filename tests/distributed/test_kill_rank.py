@@ -96,8 +96,11 @@ def test_a_rank_that_cannot_write_its_part_ends_the_job_and_leaves_the_last_chec
     assert "error: rank 1: cannot write" in printed and "File too large" in printed, printed[-3000:]
     steps = list_steps(root)
     assert steps and all(checkpoint_problem(root / f"step-{step}") is None for step in steps)
-    assert sorted(path.name for path in root.iterdir()) == ["latest", *(f"step-{step}" for step in steps)]
+    # The launcher ends the other rank when one has failed, in the middle of its cleaning up at worst.
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".step-"))
+    assert names == ["latest", *(f"step-{step}" for step in steps)]
     last = latest_checkpoint(run_dir)
     assert last is not None
     goal = int(last.name[5:]) + 2
     assert f"going on from {last}" in runs.finish(run_dir, "--training.steps", str(goal), *arguments)
+    assert not list(root.glob(".*"))
