@@ -27,6 +27,7 @@ from ernie_elastic.errors import ConfigError, FormatError
 
 PACKED_EXPERTS = "ernie_elastic_packed"
 BUFFER_PREFIX = "tbe__"
+LOW_BUFFER = f"{BUFFER_PREFIX}low"
 
 
 class PackedTensor(nn.Module):
@@ -100,7 +101,7 @@ class PackedTensor(nn.Module):
     @property
     def resident(self) -> Resident:
         """The packed weight [R, C] or [E, R, C] over the buffers of this module. FormatError before `fill`."""
-        low = self._buffers.get(f"{BUFFER_PREFIX}low")
+        low = self._buffers.get(LOW_BUFFER)
         # Buffers may be replaced behind this module's back, by hooks that move them or by load_state_dict(assign=True).
         if self._resident is None or low is not self._low:
             arrays = self._arrays()
@@ -127,7 +128,10 @@ class PackedTensor(nn.Module):
         # The fused products are not differentiable: where x wants its gradient, the weight is decoded.
         if self.kernel == "decode" or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.decode(expert, x.dtype))
-        return self.resident.product(x, expert)
+        resident = self._resident  # a decoding step calls this dozens of times: the property only where it must
+        if resident is None or self._buffers[LOW_BUFFER] is not self._low:
+            resident = self.resident
+        return resident.product(x, expert)
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by index, int64 [...] -> [..., C] in the compute dtype; only those rows are decoded."""
