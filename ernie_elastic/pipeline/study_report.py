@@ -61,7 +61,11 @@ def write_report(losses: Losses, sizes: dict[str, int], seeds: int, directory: P
     """Write tables.md and losses.png into `directory`; returns the tables."""
     parts = [_table(losses, axis) for axis in axes_of(sizes) if axis["arm"] in losses]
     parts += [_policies(losses, sizes), _modalities(losses)]
-    text = f"Held-out loss, mean of {seeds} seeds (lowest to highest).\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+    text = (
+        f"Held-out loss, mean of {seeds} seed{'s' if seeds != 1 else ''} (lowest to highest).\n\n"
+        + "\n\n".join(filter(None, parts))
+        + "\n"
+    )
     write_atomic(directory / TABLE_FILE, text)
     figure = draw(losses, sizes)
     canvas = FigureCanvasAgg(figure)
