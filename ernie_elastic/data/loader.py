@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,13 +50,3 @@ class PackedLoader:
             )
         size = -(-len(rows) // self.micro_batches)
         return [collate(rows[start : start + size], self.row_length) for start in range(0, len(rows), size)]
-
-    def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[PackedBatch]]]:
-        """(step, micro-batches) for steps start..stop-1, one step ahead of the reader in a thread."""
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.step, start)
-            for step in range(start, stop):
-                batches = coming.result()
-                if step + 1 < stop:
-                    coming = pool.submit(self.step, step + 1)
-                yield step, batches

@@ -8,21 +8,18 @@ Shape letters: H/W pixels, F frames, L samples.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ernie_elastic.data.documents import assign_roles, fit_sample, pieces_of
 from ernie_elastic.data.layout import Layout, document_length, part_length
 from ernie_elastic.data.records import WORLD
 from ernie_elastic.data.shards import shard_bytes
 from ernie_elastic.data.sources import Source
-from ernie_elastic.data.tokenise import Tokenizers, check_sample, tokenise
+from ernie_elastic.data.tokenise import Tokenizers, check_sample, plain_arithmetic, tokenise
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import DataError
 from ernie_elastic.schema import Sample, Segment
@@ -100,7 +97,7 @@ class ShardMaker:
         documents: list[list[Tokens]] = []
         rejects: list[Reject] = []
         records = 0
-        with _one_thread():
+        with plain_arithmetic():
             for samples, size in self._chunks(job, tokenizers, rejects):
                 for sample, parts in self._tokenised(samples, tokenizers, rejects):
                     pieces = self._pieces(sample, parts, rejects)
@@ -194,15 +191,3 @@ def _named(error: Exception, key: str) -> str:
     """One line that names the record."""
     text = " ".join(str(error).split())
     return text if key in text else f"record {key}: {text}"
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same arithmetic in any process: the sums of several threads come in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ Letters: F frames, H/W pixels, h/w latent grid, D bits, S audio steps, Q levels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,3 +184,15 @@ def _frames(sample: Sample, segment: Segment, tokenizers: Tokenizers) -> list[np
             f"tokenizer reads {size}x{size} (data.decoding.fit_image makes them fit)"
         )
     return [array] if segment.kind == "image" else list(array)
+
+
+@contextlib.contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """The same arithmetic in any process: the sums of several threads come in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import ernie_elastic
-from ernie_elastic.data.tokenise import Tokenizers, tokenise
+from ernie_elastic.data.tokenise import Tokenizers, plain_arithmetic, tokenise
 from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError, ErnieElasticError
 from ernie_elastic.schema import Sample
@@ -323,7 +323,7 @@ def _loaded(directory: str, identity: str) -> Tokenizers:
 
 def _run_job(job: list[Sample], tokenizers: Tokenizers) -> Answer:
     documents: list[list[Tokens]] = []
-    with _plain_arithmetic():
+    with plain_arithmetic():
         for sample in job:
             try:
                 documents.append(_tokenise_record(sample, tokenizers))
@@ -338,14 +338,3 @@ def _tokenise_record(sample: Sample, tokenizers: Tokenizers) -> list[Tokens]:
     except ValueError as error:  # a tokenizer does not know the record, and numpy stacks no pictures of two sizes
         text = str(error)
         raise DataError(text if text.startswith("record ") else f"record {sample.key}: {text}") from error
-
-
-@contextlib.contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
