@@ -81,12 +81,32 @@ class SubModelSpec:
     """Which part of the elastic model runs: one frozen, hashable object.
 
     layers: kept layer indices, increasing. experts_per_layer: for each kept layer, the kept expert ids,
-    increasing. top_k: experts per token. paper: section 4 (depth, width and sparsity elasticity).
+    increasing. top_k: experts per token. top_k_per_layer: where kept layers differ in it, the number of each; top_k is
+    their largest. None: all the same. paper: section 4 (depth, width and sparsity elasticity); peer: Matryoshka-MoE
+    (a number for each layer).
     """
 
     layers: tuple[int, ...]
     experts_per_layer: tuple[tuple[int, ...], ...]
     top_k: int
+    top_k_per_layer: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Equal numbers are no numbers of their own, so that equal sub-models are equal specs."""
+        if self.top_k_per_layer is not None and set(self.top_k_per_layer) == {self.top_k}:
+            object.__setattr__(self, "top_k_per_layer", None)
+
+    @staticmethod
+    def of(
+        layers: tuple[int, ...], experts_per_layer: tuple[tuple[int, ...], ...], top_ks: Sequence[int]
+    ) -> SubModelSpec:
+        """A spec with the experts per token of each kept layer."""
+        return SubModelSpec(layers, experts_per_layer, max(top_ks, default=0), tuple(top_ks))
+
+    @property
+    def top_ks(self) -> tuple[int, ...]:
+        """Experts per token of each kept layer."""
+        return self.top_k_per_layer or (self.top_k,) * len(self.layers)
 
     @staticmethod
     def full(num_layers: int, num_experts: int, top_k: int) -> SubModelSpec:
@@ -104,15 +124,18 @@ class SubModelSpec:
         return max(len(experts) for experts in self.experts_per_layer)
 
     def label(self) -> str:
-        """Short name such as `d6-e8-k1`, as tables and served model names print it."""
-        return f"d{len(self.layers)}-e{self.num_experts}-k{self.top_k}"
+        """Short name such as `d6-e8-k1`, or `d6-e8-k1to4`, as tables and served model names print it."""
+        least = "" if self.top_k_per_layer is None else f"{min(self.top_ks)}to"
+        return f"d{len(self.layers)}-e{self.num_experts}-k{least}{self.top_k}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back."""
+        per_layer = {} if self.top_k_per_layer is None else {"top_k_per_layer": list(self.top_k_per_layer)}
         return {
             "layers": list(self.layers),
             "experts_per_layer": [list(experts) for experts in self.experts_per_layer],
             "top_k": self.top_k,
+            **per_layer,
         }
 
     @staticmethod
@@ -123,15 +146,17 @@ class SubModelSpec:
                 tuple(int(layer) for layer in data["layers"]),
                 tuple(tuple(int(e) for e in experts) for experts in data["experts_per_layer"]),
                 int(data["top_k"]),
+                tuple(int(k) for k in data["top_k_per_layer"]) if "top_k_per_layer" in data else None,
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"sub-model spec: field {error} is missing or malformed in {data!r}") from error
 
-    def validate(self, num_layers: int, num_experts: int, top_k: int, required_layers: Sequence[int] = ()) -> None:
-        """Raise ConfigError unless this spec lies inside a model of the given size.
+    def validate(self, full: SubModelSpec, num_experts: int, required_layers: Sequence[int] = ()) -> None:
+        """Raise ConfigError unless this spec lies inside a model of `full` with num_experts experts a layer.
 
         required_layers are those that carry audio heads: they may never be dropped (ours: the report is silent).
         """
+        num_layers = len(full.layers)
         if not self.layers:
             raise ConfigError(f"sub-model spec: depth 0 of {num_layers} layers; keep at least 1 layer")
         if list(self.layers) != sorted(set(self.layers)) or not (0 <= self.layers[0] <= self.layers[-1] < num_layers):
@@ -148,7 +173,8 @@ class SubModelSpec:
             raise ConfigError(
                 f"sub-model spec: {len(self.experts_per_layer)} expert lists for {len(self.layers)} layers"
             )
-        for layer, experts in zip(self.layers, self.experts_per_layer, strict=True):
+        self._validate_top_k(full)
+        for layer, experts, top_k in zip(self.layers, self.experts_per_layer, self.top_ks, strict=True):
             if (
                 list(experts) != sorted(set(experts))
                 or not experts
@@ -158,13 +184,24 @@ class SubModelSpec:
                     f"sub-model spec: experts {list(experts)} of layer {layer} must increase, be at least one, "
                     f"and lie in 0..{num_experts - 1}"
                 )
-            if len(experts) < self.top_k:
+            if len(experts) < top_k:
                 raise ConfigError(
-                    f"sub-model spec: layer {layer} keeps {len(experts)} experts, fewer than top_k {self.top_k}; "
+                    f"sub-model spec: layer {layer} keeps {len(experts)} experts, fewer than top_k {top_k}; "
                     "keep more experts or lower top_k"
                 )
-        if not 1 <= self.top_k <= top_k:
-            raise ConfigError(f"sub-model spec: top_k {self.top_k} must lie in 1..{top_k}, the model's own top_k")
+
+    def _validate_top_k(self, full: SubModelSpec) -> None:
+        if len(self.top_ks) != len(self.layers) or self.top_k != max(self.top_ks):
+            raise ConfigError(
+                f"sub-model spec: top_k {self.top_k}, {list(self.top_ks)} per layer, for {len(self.layers)} layers: "
+                "give a number for each kept layer, and the largest as top_k"
+            )
+        for layer, top_k in zip(self.layers, self.top_ks, strict=True):
+            if not 1 <= top_k <= full.top_ks[layer]:
+                raise ConfigError(
+                    f"sub-model spec: top_k {top_k} of layer {layer} must lie in 1..{full.top_ks[layer]}, the model's "
+                    "own top_k there"
+                )
 
 
 @dataclass

@@ -27,11 +27,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 @dataclass(frozen=True)
 class Request:
-    """What to keep; None means full. layers wins over depth. drop_audio removes the heads and frees their layers."""
+    """What to keep; None means full. layers wins over depth, topk_per_layer (one for each kept layer) over topk.
+
+    drop_audio removes the heads and frees their layers.
+    """
 
     depth: int | None = None
     experts: int | None = None
     topk: int | None = None
+    topk_per_layer: tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     layer_policy: LayerPolicy = "uniform"
     expert_policy: ExpertPolicy = "mass"
@@ -55,6 +59,7 @@ def extract_model(model: ErnieElasticForCausalLM, spec: SubModelSpec) -> ErnieEl
         counts.pop(),
         spec.top_k,
     )
+    config.num_experts_per_tok_per_layer = None if spec.top_k_per_layer is None else list(spec.top_k_per_layer)
     config.first_k_dense = sum(layer < model.config.first_k_dense for layer in spec.layers)
     config.audio_head_layers = [spec.layers.index(layer) for layer in model.config.audio_head_layers or ()]
     config._experts_implementation = model.config._experts_implementation
@@ -101,25 +106,36 @@ def make_spec(model: ErnieElasticForCausalLM, mass_LE: torch.Tensor, request: Re
     config = model.config
     if request.layers is not None:
         layers = tuple(sorted(set(request.layers)))
+        if not layers or not 0 <= layers[0] <= layers[-1] < config.num_hidden_layers:
+            raise ConfigError(f"--layers {list(layers)} must name layers in 0..{config.num_hidden_layers - 1}")
     else:
         depth = config.num_hidden_layers if request.depth is None else request.depth
         layers = choose_layers(config, depth, request.layer_policy)
     topk = config.num_experts_per_tok if request.topk is None else request.topk
+    topks = request.topk_per_layer or [min(topk, config.full_spec().top_ks[layer]) for layer in layers]
     experts = config.num_experts if request.experts is None else request.experts
     if not 1 <= topk <= config.num_experts_per_tok:
         raise ConfigError(f"--topk {topk} must lie in 1..{config.num_experts_per_tok}, the model's own top-k")
-    if experts < topk:
+    if request.topk_per_layer is None and experts < topk:
         raise ConfigError(f"--experts {experts} is less than --topk {topk}; keep more experts or lower --topk")
-    spec = SubModelSpec(layers, choose_experts(mass_LE, layers, experts, request.expert_policy, request.seed), topk)
+    chosen = choose_experts(mass_LE, layers, experts, request.expert_policy, request.seed)
+    spec = SubModelSpec.of(layers, chosen, topks)
     config.check_spec(spec)
     return spec
 
 
 def parameter_counts(model: ErnieElasticForCausalLM) -> tuple[int, int]:
     """(total, active per token): experts count by top_k / E, everything else in full, embeddings included."""
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    return total, total - experts + experts * model.config.num_experts_per_tok // model.config.num_experts
+    total = active = 0
+    top_ks = model.config.full_spec().top_ks
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if ".mlp.experts." in name:
+            layer = int(name.removeprefix("model.layers.").split(".", 1)[0])
+            active += parameter.numel() * top_ks[layer] // model.config.num_experts
+        else:
+            active += parameter.numel()
+    return total, active
 
 
 def load_source(source: Path | str | None) -> tuple[Path, ErnieElasticForCausalLM]:
@@ -165,6 +181,7 @@ def extract_submodel(
     after = {
         **describe(smaller),
         "kept layers": list(spec.layers),
+        "kept top-k": list(spec.top_ks),
         "kept experts": [list(experts) for experts in spec.experts_per_layer],
     }
     print_table(before, after)
@@ -205,7 +222,7 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 
 def describe(model: ErnieElasticForCausalLM) -> dict[str, object]:
-    """Layers, experts, top-k, parameters and BF16 bytes of a model."""
+    """Layers, experts, (largest) top-k, parameters and BF16 bytes of a model."""
     total, active = parameter_counts(model)
     return {
         "layers": model.config.num_hidden_layers,
@@ -226,6 +243,8 @@ def print_table(before: dict[str, object], after: dict[str, object]) -> None:
         say(f"{name:20}{old:>14,}{new:>14,}{new / max(1, old):>14.3f}")
     layers, experts = after["kept layers"], after["kept experts"]
     assert isinstance(layers, list) and isinstance(experts, list)
+    top_ks = after["kept top-k"]
+    assert isinstance(top_ks, list)
     for slot, layer in enumerate(layers):
         shown = " ".join(str(expert) for expert in experts[slot])
-        say(f"layer {slot} is layer {layer} of the source, experts {shown}")
+        say(f"layer {slot} is layer {layer} of the source, top-{top_ks[slot]} of experts {shown}")

@@ -17,7 +17,7 @@ def sample_spec(
     """The spec of an optimizer step. The three axes are drawn independently (ours: the report is silent).
 
     Depth: a number of layers between min_depth and one less than all. Width: a random subset of the experts of each
-    layer. Sparsity: a top_k below the standard one. The first elastic.start_share of
+    layer. Sparsity: a top_k below the standard one, or one for each layer. The first elastic.start_share of
     total_steps is full. paper: section 4.1.
     """
     full = config.full_spec()
@@ -75,11 +75,18 @@ def _draw(elastic: ElasticConfig, config: ErnieElasticConfig, rng: random.Random
     if shrink_depth and smallest < config.num_hidden_layers:
         depth = rng.randint(smallest, config.num_hidden_layers - 1)
         layers = choose_layers(config, depth, elastic.layer_policy, rng)
-    top_k = config.num_experts_per_tok
-    if shrink_k and top_k > 1:
-        top_k = rng.randint(1, top_k - 1)
+    top_ks = [full.top_ks[layer] for layer in layers]
+    if shrink_k and full.top_k > 1:
+        top_ks = _shrunk(top_ks, elastic.per_layer_top_k, full.top_k, rng)
     count = config.num_experts
     if shrink_width:
-        count = max(top_k, round(rng.choice(elastic.expert_shares) * config.num_experts))
+        count = max(*top_ks, round(rng.choice(elastic.expert_shares) * config.num_experts))
     experts = tuple(tuple(sorted(rng.sample(range(config.num_experts), count))) for _ in layers)
-    return SubModelSpec(layers, experts, top_k)
+    return SubModelSpec.of(layers, experts, top_ks)
+
+
+def _shrunk(top_ks: list[int], per_layer: bool, largest: int, rng: random.Random) -> list[int]:
+    if per_layer:
+        return [rng.randint(1, top_k) for top_k in top_ks]
+    drawn = rng.randint(1, largest - 1)
+    return [min(drawn, top_k) for top_k in top_ks]

@@ -27,6 +27,8 @@ class ElasticConfig:
     throughout. per_micro_batch: a spec of its own for each micro-batch of a step, the same on all ranks (paper: sampled
     "per training instance"; ours: per step is the default, since one step then has one meaning). sandwich: the
     micro-batches of a step are the full model, the smallest one, then random ones. peer: slimmable networks.
+    per_layer_top_k: where top_k shrinks, each layer draws a number of its own, from 1 to its full one. peer:
+    Matryoshka-MoE.
     """
 
     enabled: bool = True
@@ -39,6 +41,7 @@ class ElasticConfig:
     start_share: float = 0.0
     per_micro_batch: bool = False
     sandwich: bool = False
+    per_layer_top_k: bool = False
 
     def __post_init__(self) -> None:
         for name in ("full_depth", "full_width", "full_sparsity", "min_depth", "start_share"):

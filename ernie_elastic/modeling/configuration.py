@@ -85,6 +85,9 @@ class ErnieElasticConfig(PreTrainedConfig):
     moe_intermediate_size: int = 64
     num_experts: int = 16
     num_experts_per_tok: int = 2
+    # Where layers differ in it: the number of each layer, num_experts_per_tok their largest. None = all the same.
+    # peer: Matryoshka-MoE.
+    num_experts_per_tok_per_layer: list[int] | None = None
     # ours: the report is silent; softmax as in ERNIE 4.5, sigmoid as in DeepSeek-V3.
     router_scoring: str = "softmax"
     moe_norm_min: float = 1e-12
@@ -187,6 +190,17 @@ class ErnieElasticConfig(PreTrainedConfig):
             1 <= self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok {self.num_experts_per_tok} must lie in 1..num_experts {self.num_experts}",
         )
+        per_layer = self.num_experts_per_tok_per_layer
+        _require(
+            per_layer is None
+            or (
+                len(per_layer) == self.num_hidden_layers
+                and min(per_layer) >= 1
+                and max(per_layer) == self.num_experts_per_tok
+            ),
+            f"num_experts_per_tok_per_layer {per_layer} must hold {self.num_hidden_layers} numbers from 1 on, the "
+            f"largest num_experts_per_tok {self.num_experts_per_tok}",
+        )
         _require(
             0 <= self.first_k_dense <= self.num_hidden_layers,
             f"first_k_dense {self.first_k_dense} must lie in 0..num_hidden_layers {self.num_hidden_layers}",
@@ -236,9 +250,12 @@ class ErnieElasticConfig(PreTrainedConfig):
 
     def full_spec(self) -> SubModelSpec:
         """The spec that leaves nothing out."""
-        return SubModelSpec.full(self.num_hidden_layers, self.num_experts, self.num_experts_per_tok)
+        full = SubModelSpec.full(self.num_hidden_layers, self.num_experts, self.num_experts_per_tok)
+        if self.num_experts_per_tok_per_layer is None:
+            return full
+        return SubModelSpec.of(full.layers, full.experts_per_layer, self.num_experts_per_tok_per_layer)
 
     def check_spec(self, spec: SubModelSpec) -> None:
         """Raise ConfigError unless `spec` lies inside this model and keeps its audio-head layers."""
         assert self.audio_head_layers is not None
-        spec.validate(self.num_hidden_layers, self.num_experts, self.num_experts_per_tok, self.audio_head_layers)
+        spec.validate(self.full_spec(), self.num_experts, self.audio_head_layers)

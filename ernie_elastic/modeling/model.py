@@ -68,9 +68,9 @@ class ErnieElasticExperts(nn.Module):
 class ErnieElasticMoE(nn.Module):
     """Router, experts, and shared experts where the config has them. No token is dropped (paper: section 1.2)."""
 
-    def __init__(self, config: ErnieElasticConfig) -> None:
+    def __init__(self, config: ErnieElasticConfig, layer_idx: int) -> None:
         super().__init__()
-        self.gate = ErnieElasticTopKRouter(config)
+        self.gate = ErnieElasticTopKRouter(config, layer_idx)
         self.experts = ErnieElasticExperts(config)
         shared = config.num_shared_experts
         self.shared_experts = ErnieElasticMLP(config, shared * config.moe_intermediate_size) if shared else None
@@ -109,7 +109,7 @@ class ErnieElasticDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ErnieElasticConfig, layer_idx: int, dense_width: int | None = None) -> None:
         super().__init__()
         self.self_attn = ErnieElasticAttention(config, layer_idx)
-        self.mlp = ErnieElasticMoE(config) if dense_width is None else ErnieElasticMLP(config, dense_width)
+        self.mlp = ErnieElasticMoE(config, layer_idx) if dense_width is None else ErnieElasticMLP(config, dense_width)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -281,10 +281,12 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         audio_logits: list[torch.Tensor] = []
         heads = {layer: level for level, layer in enumerate(self.config.audio_head_layers or ())}
         all_experts = self.config.num_experts
-        for slot, (layer_id, experts) in enumerate(zip(spec.layers, spec.experts_per_layer, strict=True)):
+        for slot, (layer_id, experts, top_k) in enumerate(
+            zip(spec.layers, spec.experts_per_layer, spec.top_ks, strict=True)
+        ):
             kept = None if len(experts) == all_experts else torch.tensor(experts, device=hidden.device)
             hidden, decision = self.layers[layer_id](
-                hidden, rotary, mask, cache, slot, kept, spec.top_k, valid_N, expert_shard, **kwargs
+                hidden, rotary, mask, cache, slot, kept, top_k, valid_N, expert_shard, **kwargs
             )
             if decision is not None:
                 routing[layer_id] = decision

@@ -15,12 +15,12 @@ from ernie_elastic.modeling.configuration import ErnieElasticConfig
 class ErnieElasticTopKRouter(nn.Module):
     """scores = softmax or sigmoid(logits); top-k of scores + bias; weights = scores, renormalised over the chosen."""
 
-    def __init__(self, config: ErnieElasticConfig) -> None:
+    def __init__(self, config: ErnieElasticConfig, layer_idx: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         # Moved by the trainer (aux-loss-free balance), never by a gradient.
         self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
-        self.top_k = config.num_experts_per_tok
+        self.top_k = config.full_spec().top_ks[layer_idx]
         self.num_experts = config.num_experts
         self.scoring = config.router_scoring
         self.norm_min = config.moe_norm_min

@@ -157,6 +157,7 @@ def extract(
     depth: int | None = None,
     experts: int | None = None,
     topk: int | None = None,
+    topk_per_layer: tuple[int, ...] | None = None,
     layers: tuple[int, ...] | None = None,
     layer_policy: Literal["uniform", "prefix", "random"] = "uniform",
     expert_policy: Literal["mass", "random", "first"] = "mass",
@@ -175,6 +176,7 @@ def extract(
         depth: layers to keep, evenly spaced among those that may be dropped.
         experts: experts to keep in every layer.
         topk: experts per token.
+        topk_per_layer: experts per token of each kept layer, instead of topk.
         layers: the very layers to keep, instead of depth.
         layer_policy: which layers depth keeps.
         expert_policy: mass keeps the experts that were routed most.
@@ -188,11 +190,14 @@ def extract(
     from ernie_elastic.elastic.extract import Request, extract_submodel
     from ernie_elastic.elastic.search import extract_within_budget
 
-    request = Request(depth, experts, topk, layers, layer_policy, expert_policy, seed, drop_modality == "audio")
+    drop_audio = drop_modality == "audio"
+    request = Request(depth, experts, topk, topk_per_layer, layers, layer_policy, expert_policy, seed, drop_audio)
     if budget is None:
         extract_submodel(source, out, request, data, dtype, overwrite)
-    elif depth is not None or experts is not None or layers is not None:
-        raise ConfigError("--budget chooses depth and experts itself; leave out --depth, --experts and --layers")
+    elif any(chosen is not None for chosen in (depth, experts, layers, topk_per_layer)):
+        raise ConfigError(
+            "--budget chooses depth and experts itself; leave out --depth, --experts, --layers and --topk-per-layer"
+        )
     else:
         extract_within_budget(source, out, budget, request, data, dtype, overwrite)
 
@@ -351,6 +356,7 @@ def study(
     workers: int = 2,
     arms: tuple[str, ...] = (),
     tokenizers: Path | None = None,
+    steps: int | None = None,
 ) -> None:
     """Train elastic and other models on the same data and compare their held-out losses at every size.
 
@@ -362,10 +368,11 @@ def study(
         workers: runs at the same time.
         arms: names of the ways to train (default: all).
         tokenizers: directory that holds text/, visual/ and audio/ (default: they are trained).
+        steps: optimizer steps of every arm (default: 240, or 4).
     """
     from ernie_elastic.pipeline.study_elastic import run_study
 
-    run_study(size, out, tuple(range(seeds)), workers, arms, tokenizers)
+    run_study(size, out, tuple(range(seeds)), workers, arms, tokenizers, steps)
 
 
 def doctor() -> None:

@@ -24,6 +24,12 @@ def trace_packed(
     model: ErnieElasticForCausalLM, packed_dir: Path, num_rows: int, name: str, expert_limit: int = 65536
 ) -> RoutingTrace:
     """Teacher-forced routing of `num_rows` packed rows: ids [T, L, K] of every position that is not padding."""
+    config = model.config
+    if config.num_experts_per_tok_per_layer is not None:
+        raise ConfigError(
+            f"routing: layers of {name} use {config.num_experts_per_tok_per_layer} experts per token, a trace holds "
+            "one number for all; cut a model with one of them by `extract_submodel --topk K` and look at that"
+        )
     ids, tasks = [], []
     for batch in progress(packed_rows(packed_dir, model, num_rows), desc="routing", unit="batch"):
         output = model.forward_packed(batch.to(model.device))
@@ -32,7 +38,6 @@ def trace_packed(
         layers = [decision.experts_NK.cpu().numpy()[valid_N] for decision in output.routing]
         ids.append(np.stack(layers, axis=1))
         tasks.append(task_N[valid_N])
-    config = model.config
     if config.num_experts > expert_limit:
         raise ConfigError(f"routing: {config.num_experts} experts do not fit the trace's {expert_limit}")
     header = TraceHeader(

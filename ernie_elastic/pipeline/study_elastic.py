@@ -113,6 +113,7 @@ ARMS = (
     Arm("depth", _only(full_depth=0.8)),
     Arm("width", _only(full_width=0.8)),
     Arm("sparsity", _only(full_sparsity=0.8)),
+    Arm("sparsity_per_layer", _only(full_sparsity=0.8, per_layer_top_k=True)),
     Arm("all", ElasticConfig()),
     Arm("all_sandwich", ElasticConfig(sandwich=True), micro_batches=3),
     Arm("depth_prefix", _only(full_depth=0.8, layer_policy="prefix")),
@@ -175,20 +176,23 @@ def run_study(
     workers: int,
     arms: tuple[str, ...] = (),
     tokenizers: Path | None = None,
+    steps: int | None = None,
 ) -> Study:
     """Train and measure arms with every seed, `workers` at a time; returns and writes (results.json) the losses.
 
     arms: names of ARMS, empty = all. tokenizers: a directory of trained ones (default: they are trained in `out`).
+    steps: of every arm (default: the size's).
     Raises ConfigError for names that are unknown, and when `out` holds a study of other settings.
     """
     chosen = tuple(arm for arm in ARMS if not arms or arm.name in arms)
     if unknown := sorted(set(arms) - {arm.name for arm in ARMS}):
         raise ConfigError(f"study: arms {unknown} are not among {[arm.name for arm in ARMS]}")
-    if size not in SIZES or not seeds or workers < 1:
+    if size not in SIZES or not seeds or workers < 1 or (steps is not None and steps < 1):
         raise ConfigError(
-            f"study: size {size!r}, {len(seeds)} seeds, {workers} workers; choose a size of {list(SIZES)}"
+            f"study: size {size!r}, {len(seeds)} seeds, {workers} workers, {steps} steps; choose a size of "
+            f"{list(SIZES)} and numbers from 1 on"
         )
-    settings = SIZES[size]
+    settings = SIZES[size] if steps is None else dataclasses.replace(SIZES[size], steps=steps)
     study = Study(size, seeds, to_jsonable({"size": settings, "tokenizers": tokenizers and tokenizers.resolve()}))
     _claim(out, study)
     if tokenizers is None:

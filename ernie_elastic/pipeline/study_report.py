@@ -1,6 +1,7 @@
 """The tables, the figure and the page's text of `study elastic`, from its results alone.
 
-Losses are means over the seeds; the spread is the lowest and the highest. Sub-models are named by their sizes.
+Losses are means over the seeds; the spread is the lowest and the highest. Percentages compare runs of the same seed,
+then their mean and spread are taken. Sub-models are named by their sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COLOURS = {"fixed": "#7a7a7a", "one": "#0072b2", "all": "#d55e00", "alone": "#11
 WORDS = {
     "fixed": "not elastic", "depth": "elastic depth", "width": "elastic width", "sparsity": "elastic sparsity",
     "all": "elastic in all three", "all_sandwich": "all three, sandwich", "depth_prefix": "depth, first layers",
-    "depth_uniform": "depth, evenly spaced layers",
+    "depth_uniform": "depth, evenly spaced layers", "sparsity_per_layer": "sparsity, a top-k for each layer",
 }  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def axes_of(sizes: dict[str, int]) -> list[dict[str, Any]]:
 def write_report(losses: Losses, sizes: dict[str, int], seeds: int, directory: Path) -> str:
     """Write tables.md and losses.png into `directory`; returns the tables."""
     parts = [_table(losses, axis) for axis in axes_of(sizes) if axis["arm"] in losses]
-    parts += [_policies(losses, sizes), _modalities(losses)]
+    parts += [_variants(losses, sizes, *variant) for variant in VARIANTS]
+    parts += [_modalities(losses)]
     text = (
         f"Held-out loss, mean of {seeds} seed{'s' if seeds != 1 else ''} (lowest to highest).\n\n"
         + "\n\n".join(filter(None, parts))
@@ -75,39 +77,55 @@ def write_report(losses: Losses, sizes: dict[str, int], seeds: int, directory: P
     return text
 
 
-def _cell(losses: Losses, arm: str, label: str, base: float) -> str:
+def over_fixed(losses: Losses, arm: str, label: str) -> list[float]:
+    """Per cent by which each seed's loss is above the full model that is not elastic, trained with the same seed."""
+    pairs = zip(losses[arm][label], losses["fixed"]["full"], strict=True)
+    return [100 * (ours["loss"] / base["loss"] - 1) for ours, base in pairs]
+
+
+def _cell(losses: Losses, arm: str, label: str) -> str:
     values = losses.get(arm, {}).get(label)
     if not values:
         return ""
     mean, low, high = mean_and_spread(values)
-    return f"{mean:.4f} ({low:.4f} to {high:.4f}), {100 * (mean / base - 1):+.1f} %"
+    spread = f" ({low:.4f} to {high:.4f})" if len(values) > 1 else ""
+    if "fixed" not in losses:
+        return f"{mean:.4f}{spread}"
+    more = over_fixed(losses, arm, label)
+    apart = f" ({min(more):+.1f} to {max(more):+.1f})" if len(values) > 1 else ""
+    return f"{mean:.4f}{spread}, {sum(more) / len(more):+.1f} %{apart}"
 
 
 def _table(losses: Losses, axis: dict[str, Any]) -> str:
     """One row per way of training, one column per size; in per cent of the full model that is not elastic."""
-    base = mean_and_spread(losses["fixed"]["full"])[0] if "fixed" in losses else 1.0
     title = axis["title"]
     head = " | ".join(f"{size} {title}" for size in axis["sizes"])
     lines = [f"| training | {head} |", "| --- |" + " --- |" * len(axis["sizes"])]
     for arm in ("fixed", axis["arm"], "all", "all_sandwich"):
         if arm in losses:
-            cells = " | ".join(_cell(losses, arm, label, base) for label in axis["labels"])
+            cells = " | ".join(_cell(losses, arm, label) for label in axis["labels"])
             lines.append(f"| {WORDS[arm]} | {cells} |")
-    alone = " | ".join(_cell(losses, axis["alone"].get(size, ""), "full", base) for size in axis["sizes"])
+    alone = " | ".join(_cell(losses, axis["alone"].get(size, ""), "full") for size in axis["sizes"])
     return "\n".join([*lines, f"| trained alone at that size | {alone} |"])
 
 
-def _policies(losses: Losses, sizes: dict[str, int]) -> str:
-    """Which layers are dropped."""
-    arms = [arm for arm in ("depth", "depth_uniform", "depth_prefix") if arm in losses]
-    labels = axes_of(sizes)[0]["labels"]
-    if len(arms) < 2 or "fixed" not in losses:
+# Ways to train one axis: title of the table, the axis' place in `axes_of`, arms and their words.
+VARIANTS: tuple[tuple[str, int, dict[str, str]], ...] = (
+    ("layers dropped while training", 0,
+     {"depth": "at random", "depth_uniform": "evenly spaced layers", "depth_prefix": "first layers"}),
+    ("top-k drawn while training", 2, {"sparsity": "one for all layers", "sparsity_per_layer": "one for each layer"}),
+)  # fmt: skip
+
+
+def _variants(losses: Losses, sizes: dict[str, int], title: str, axis: int, arms: dict[str, str]) -> str:
+    """Ways to train one axis, beside each other; nothing when fewer than two were trained."""
+    labels = axes_of(sizes)[axis]["labels"]
+    if sum(arm in losses for arm in arms) < 2:
         return ""
-    base = mean_and_spread(losses["fixed"]["full"])[0]
-    lines = [f"| layers dropped while training | {' | '.join(labels)} |", "| --- |" + " --- |" * len(labels)]
-    for arm in arms:
-        name = {"depth": "at random"}.get(arm, WORDS[arm].removeprefix("depth, "))
-        lines.append(f"| {name} | {' | '.join(_cell(losses, arm, label, base) for label in labels)} |")
+    lines = [f"| {title} | {' | '.join(labels)} |", "| --- |" + " --- |" * len(labels)]
+    for arm, name in arms.items():
+        if arm in losses:
+            lines.append(f"| {name} | {' | '.join(_cell(losses, arm, label) for label in labels)} |")
     return "\n".join(lines)
 
 

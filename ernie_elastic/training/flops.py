@@ -70,8 +70,8 @@ class StepFlops:
 
     def active(self, spec: SubModelSpec) -> int:
         """Parameters that a position meets under a spec, embedding tables left out."""
-        layers = sum(self.layer[i] + self.expert[i] * spec.top_k // self.num_experts for i in spec.layers)
-        return self.rest + layers
+        kept = zip(spec.layers, spec.top_ks, strict=True)
+        return self.rest + sum(self.layer[i] + self.expert[i] * top_k // self.num_experts for i, top_k in kept)
 
     def per_position(self, spec: SubModelSpec) -> float:
         """Operations of forward and backward for one position."""

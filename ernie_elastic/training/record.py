@@ -46,7 +46,7 @@ def bucket_of(specs: Sequence[SubModelSpec], full: SubModelSpec) -> str:
     shrunk = {
         "depth": len(spec.layers) < len(full.layers),
         "width": spec.num_experts < full.num_experts,
-        "sparsity": spec.top_k < full.top_k,
+        "sparsity": any(k < full.top_ks[layer] for layer, k in zip(spec.layers, spec.top_ks, strict=True)),
     }
     names = [name for name, smaller in shrunk.items() if smaller]
     return "full" if not names else names[0] if len(names) == 1 else "mixed"
@@ -63,6 +63,8 @@ def spec_record(specs: Sequence[SubModelSpec], full: SubModelSpec) -> dict[str, 
         "top_k": spec.top_k,
         "layers": list(spec.layers),
     }
+    if spec.top_k_per_layer is not None:
+        record["top_k_per_layer"] = list(spec.top_k_per_layer)
     if len(set(specs)) > 1:
         record["others"] = [other.label() for other in specs[1:]]
     return record

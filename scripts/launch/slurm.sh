@@ -17,7 +17,8 @@ if [ ! -f "$launch/torchrun.sh" ]; then
     echo "slurm.sh: $launch/torchrun.sh is missing; submit from the checkout, or set ERNIE_ELASTIC_LAUNCH" >&2
     exit 2
 fi
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+MASTER_ADDR="${hosts%%$'\n'*}"
 export MASTER_ADDR
 # A port of its own for each job, in case two share a machine.
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"

@@ -30,9 +30,10 @@ def random_spec(config, seed):
     depth = rng.randint(len(config.audio_head_layers), config.num_hidden_layers)
     layers = choose_layers(config, depth, "random", rng)
     top_k = rng.randint(1, config.num_experts_per_tok)
-    count = rng.randint(top_k, config.num_experts)
+    top_ks = [rng.randint(1, config.num_experts_per_tok) if seed % 2 else top_k for _ in layers]
+    count = rng.randint(max(top_ks), config.num_experts)
     experts = tuple(tuple(sorted(rng.sample(range(config.num_experts), count))) for _ in layers)
-    return SubModelSpec(layers, experts, top_k)
+    return SubModelSpec.of(layers, experts, top_ks)
 
 
 def outputs(model, batch, spec=None):
@@ -58,6 +59,8 @@ def test_masked_equals_extracted(experts, options, stress):
         cut, cut_logits = outputs(smaller, batch)
         assert smaller.config.first_k_dense == (model.config.first_k_dense > 0 and 0 in spec.layers)
         mixtures = [kept for layer, kept in zip(*spec_rows(spec), strict=True) if layer in masked.layers]
+        top_ks = dict(zip(spec.layers, spec.top_ks, strict=True))
+        assert [decision.experts_NK.shape[1] for decision in masked.routing] == [top_ks[i] for i in masked.layers]
         for ours, theirs, kept in zip(masked.routing, cut.routing, mixtures, strict=True):
             assert torch.equal(ours.experts_NK, torch.tensor(kept)[theirs.experts_NK])
         for ours, theirs in zip(logits, cut_logits, strict=True):
@@ -65,6 +68,40 @@ def test_masked_equals_extracted(experts, options, stress):
                 assert torch.equal(ours, theirs), spec
             else:
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_layers_may_differ_in_top_k_when_saved_and_cut_again(tmp_path):
+    model = tiny_model(num_experts_per_tok=4)
+    batch = batch_of(model)
+    spec = make_spec(model, torch.rand(6, 6), Request(topk_per_layer=(3, 1, 2, 2, 1, 3)))
+    smaller = extract_model(model, spec)
+    assert smaller.config.num_experts_per_tok == 3 and smaller.config.full_spec().top_ks == spec.top_ks
+    smaller.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation=smaller.config._experts_implementation)
+    assert loaded.config.full_spec() == smaller.config.full_spec()
+    for ours, theirs in zip(outputs(model, batch, spec)[1], outputs(loaded, batch)[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    again = make_spec(loaded, torch.rand(6, 6), Request(topk=2))
+    assert again.top_ks == (2, 1, 2, 2, 1, 2), "no layer uses more experts than the model has for it"
+    assert extract_model(loaded, again).config.num_experts_per_tok_per_layer == [2, 1, 2, 2, 1, 2]
+    one = extract_model(loaded, make_spec(loaded, torch.rand(6, 6), Request(topk=1)))
+    assert one.config.num_experts_per_tok_per_layer is None and one.config.num_experts_per_tok == 1
+    assert parameter_counts(one)[1] < parameter_counts(loaded)[1] < parameter_counts(model)[1]
+    with pytest.raises(ConfigError, match=r"top_k 4 of layer 0 must lie in 1..3"):
+        loaded.config.check_spec(model.config.full_spec())
+
+
+def test_equal_numbers_per_layer_are_the_plain_spec():
+    full = tiny_config().full_spec()
+    assert SubModelSpec.of(full.layers, full.experts_per_layer, [2] * 6) == full
+    mixed = SubModelSpec.of(full.layers, full.experts_per_layer, [2, 1, 2, 2, 2, 2])
+    assert mixed != full and mixed.label() == "d6-e6-k1to2" and full.label() == "d6-e6-k2"
+    assert SubModelSpec.from_json(mixed.to_json()) == mixed
+    assert SubModelSpec.from_json(full.to_json()) == full and "top_k_per_layer" not in full.to_json()
+    for wrong in ([2, 1], [2, 1, 2, 2, 2, 3], [1, 0, 1, 1, 1, 2]):
+        with pytest.raises(ConfigError, match="num_experts_per_tok_per_layer"):
+            tiny_config(num_experts_per_tok_per_layer=wrong)
 
 
 @torch.inference_mode()
@@ -122,6 +159,11 @@ def test_audio_layers_stay_and_half_can_go():
         (Request(experts=9), "--experts 9 must lie in 1..6"),
         (Request(topk=3), "--topk 3 must lie in 1..2"),
         (Request(layers=(0, 1, 2)), r"layers \[3, 4, 5\] carry audio heads"),
+        (Request(layers=(0, 3, 4, 5, 6)), r"--layers \[0, 3, 4, 5, 6\] must name layers in 0..5"),
+        (Request(topk_per_layer=(1, 2)), r"top_k 2, \[1, 2\] per layer, for 6 layers"),
+        (Request(topk_per_layer=(1, 2, 1, 3, 1, 1)), r"top_k 3 of layer 3 must lie in 1..2"),
+        (Request(topk_per_layer=(1, 2, 0, 1, 1, 1)), r"top_k 0 of layer 2 must lie in 1..2"),
+        (Request(experts=1, topk_per_layer=(1, 2, 1, 1, 1, 1)), r"layer 1 keeps 1 experts, fewer than top_k 2"),
     ],
 )
 def test_a_spec_outside_the_model_is_refused(request_, message):

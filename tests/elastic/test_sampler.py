@@ -145,6 +145,23 @@ def test_micro_batches_may_have_specs_of_their_own_the_same_on_every_rank():
     assert one == [[sample_spec(ElasticConfig(), CONFIG, 3, step)] * 4 for step in range(50)]
 
 
+def test_each_layer_may_draw_its_own_top_k():
+    elastic = ElasticConfig(per_layer_top_k=True, expert_shares=(0.25, 0.75))
+    drawn = [sample_spec(elastic, CONFIG, 0, step) for step in range(4000)]
+    for spec in drawn:
+        CONFIG.check_spec(spec)
+    # One of 3**L sub-models of a shrunk step happens to be the full one: too few to see.
+    assert_share(sum(set(spec.top_ks) == {3} for spec in drawn), SHARES["sparsity"], 4000)
+    shrunk = [spec.top_ks for spec in drawn if set(spec.top_ks) != {3}]
+    numbers = [k for ks in shrunk for k in ks]
+    for k in (1, 2, 3):
+        assert_share(numbers.count(k), 1 / 3, len(numbers))
+    pairs = [ks[:2] for ks in shrunk]
+    assert_share(sum(a == b for a, b in pairs), 1 / 3, len(pairs))
+    plain = [sample_spec(dataclasses.replace(elastic, per_layer_top_k=False), CONFIG, 0, step) for step in range(4000)]
+    assert all(spec.top_k_per_layer is None for spec in plain)
+
+
 def test_a_sandwich_is_the_full_model_the_smallest_and_random_ones():
     elastic, full = ElasticConfig(sandwich=True, min_depth=0.5, expert_shares=(0.5, 0.75)), CONFIG.full_spec()
     for step in range(100):

@@ -142,7 +142,7 @@ def test_the_router_chooses_and_weighs_as_theirs(num_experts, chosen):
     generator = torch.Generator().manual_seed(num_experts)
     theirs = Ernie4_5_MoeTopKRouter(Ernie4_5_MoeConfig(hidden_size=32, moe_num_experts=num_experts, moe_k=chosen))
     ours = ErnieElasticTopKRouter(
-        ErnieElasticConfig(hidden_size=32, num_experts=num_experts, num_experts_per_tok=chosen)
+        ErnieElasticConfig(hidden_size=32, num_experts=num_experts, num_experts_per_tok=chosen), 0
     )
     weight = 0.3 * torch.randn(num_experts, 32, generator=generator)
     bias = 0.2 * torch.randn(num_experts, generator=generator)

@@ -21,7 +21,7 @@ def make_mixture(back_end: str = "eager", **changes: object) -> ErnieElasticMoE:
     config = tiny_config(hidden_size=HIDDEN, num_experts=EXPERTS, **changes)
     config._experts_implementation = back_end
     torch.manual_seed(3)
-    mixture = ErnieElasticMoE(config)
+    mixture = ErnieElasticMoE(config, 0)
     assert mixture.experts.config._experts_implementation == back_end
     with torch.no_grad():
         for parameter in mixture.parameters():

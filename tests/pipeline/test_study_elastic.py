@@ -67,12 +67,18 @@ def test_sub_models_have_the_sizes_of_their_labels() -> None:
 def test_tables_and_figure(tmp_path: Path) -> None:
     text = study_report.write_report(results(), SIZE, 2, tmp_path)
     assert (tmp_path / "tables.md").read_text() == text and text.startswith("Held-out loss, mean of 2 seeds")
-    depth, width, k, policies, modalities = text.strip().split("\n\n")[1:]
+    depth, width, k, policies, layers_k, modalities = text.strip().split("\n\n")[1:]
     assert depth.splitlines()[0] == "| training | 8 layers | 6 layers | 4 layers |"
-    assert depth.splitlines()[2].startswith("| not elastic | 1.0005 (1.0000 to 1.0010), +0.0 % | 1.1005 (1.1000")
+    assert depth.splitlines()[2].startswith(
+        "| not elastic | 1.0005 (1.0000 to 1.0010), +0.0 % (+0.0 to +0.0) | 1.1005 (1.1000 to 1.1010), +10.0 % (+10"
+    )
     assert "| trained alone at that size |  | 1.0005" in depth and width.count("\n") == 6
     assert k.splitlines()[0].count("experts per token") == 4
+    assert "| one for each layer | 1.0005" in layers_k and len(layers_k.splitlines()) == 4
     assert "evenly spaced layers" in policies and "| not elastic | 1.5000 | 1.0000 |" in modalities
+    one = study_report.write_report({"sparsity": {"full": [{"loss": 2.0}], "k_4": [{"loss": 3.0}]}}, SIZE, 1, tmp_path)
+    assert "| elastic sparsity | 2.0000 | 3.0000 |  |  |" in one, "nothing to compare with, no spread"
+    study_report.write_report(results(), SIZE, 2, tmp_path)
     picture = Image.open(tmp_path / "losses.png")
     assert picture.size[0] > 2 * picture.size[1] and len(set(picture.convert("L").resize((60, 20)).getdata())) > 5
 
@@ -82,6 +88,8 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         study_elastic.run_study("smoke", tmp_path, (0,), 1, ("dept",))
     with pytest.raises(ConfigError, match="0 seeds"):
         study_elastic.run_study("smoke", tmp_path, (), 1)
+    with pytest.raises(ConfigError, match="0 steps"):
+        study_elastic.run_study("smoke", tmp_path, (0,), 1, steps=0)
     study_elastic._claim(tmp_path, Study("smoke", (0,), {"size": 1}))
     assert json.loads((tmp_path / "study.json").read_text())["config"] == {"size": 1}
     study_elastic._claim(tmp_path, Study("smoke", (0, 1), {"size": 1}))

@@ -23,6 +23,7 @@ FULL = SubModelSpec.full(6, 6, 2)
 SHALLOW = SubModelSpec((0, 3, 4, 5), (EXPERTS,) * 4, 2)
 NARROW = SubModelSpec(FULL.layers, ((0, 1, 2),) * 6, 2)
 SPARSE = SubModelSpec(FULL.layers, FULL.experts_per_layer, 1)
+UNEVEN = SubModelSpec.of(FULL.layers, FULL.experts_per_layer, (2, 1, 1, 2, 1, 1))
 
 
 def test_active_parameters_are_those_of_the_extracted_model():
@@ -30,13 +31,14 @@ def test_active_parameters_are_those_of_the_extracted_model():
     flops = StepFlops(model.config, 128)
     assert model.config.tie_word_embeddings, "so the text head is the table of text, which multiplies"
     tables = sum(p.numel() for name, p in model.named_parameters() if "embed" in name and "embed_tokens" not in name)
-    for spec in (FULL, SHALLOW, NARROW, SPARSE):
+    for spec in (FULL, SHALLOW, NARROW, SPARSE, UNEVEN):
         cut = extract_model(model, spec)
         experts = sum(p.numel() for name, p in cut.named_parameters() if ".mlp.experts." in name)
         gates = sum(p.numel() for name, p in cut.named_parameters() if name.endswith("mlp.gate.weight"))
         rest = sum(p.numel() for p in cut.parameters()) - experts - gates - tables
         rest += gates * 6 // spec.num_experts  # every expert's score counts
-        assert flops.active(spec) == rest + experts * spec.top_k // spec.num_experts
+        top_k = sum(spec.top_ks) / len(spec.top_ks)
+        assert flops.active(spec) == rest + experts * top_k / spec.num_experts
     attention = 12 * 128 * model.config.num_attention_heads * model.config.head_dim
     assert flops.per_position(FULL) == 6 * flops.active(FULL) + 6 * attention
 
@@ -60,10 +62,14 @@ def test_a_cpu_peak_is_measured_and_says_so():
 
 def test_steps_fall_into_buckets_by_what_they_shrink():
     both = SubModelSpec(SHALLOW.layers, SHALLOW.experts_per_layer, 1)
-    found = [bucket_of([spec], FULL) for spec in (FULL, SHALLOW, NARROW, SPARSE, both)]
-    assert found == ["full", "depth", "width", "sparsity", "mixed"] and bucket_of([FULL, SPARSE], FULL) == "mixed"
+    found = [bucket_of([spec], FULL) for spec in (FULL, SHALLOW, NARROW, SPARSE, UNEVEN, both)]
+    assert (
+        found == ["full", "depth", "width", "sparsity", "sparsity", "mixed"]
+        and bucket_of([FULL, SPARSE], FULL) == "mixed"
+    )
     record = spec_record([FULL, SPARSE], FULL)
     assert record["label"] == "d6-e6-k2" and record["others"] == ["d6-e6-k1"]
+    assert "top_k_per_layer" not in record and spec_record([UNEVEN], FULL)["top_k_per_layer"] == [2, 1, 1, 2, 1, 1]
 
 
 def test_a_tracker_draws_losses_by_modality_and_by_bucket():
