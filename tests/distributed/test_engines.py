@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 3, pytest.param(0, marks=slow), pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=slow) for stage in (0, 2, 3))])
 def test_deepspeed_on_two_ranks_equals_torch_on_one(stage, trained):
     assert_same(trained(2, zero_stage=stage), trained(1, engine="torch"))
 
@@ -107,6 +107,7 @@ def test_two_ranks_that_share_each_sequence_equal_one(trained):
     assert_same(trained(2, zero_stage=1, sequence_parallel=2), trained(1, engine="torch"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_muon_on_two_ranks_equals_one(trained):
     assert_same(trained(2, zero_stage=0, optimizer="muon"), trained(1, engine="torch", optimizer="muon"), weights=5e-3)

@@ -57,7 +57,11 @@ def test_split_experts_accumulate_and_recompute_as_whole_ones_do(single, tmp_pat
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "options", [{"zero_stage": 1, **SPLIT}, {"zero_stage": 3}, pytest.param({"engine": "torch", **SPLIT}, marks=slow)]
+    "options",
+    [
+        {"zero_stage": 1, **SPLIT},
+        *(pytest.param(options, marks=slow) for options in ({"zero_stage": 3}, {"engine": "torch", **SPLIT})),
+    ],
 )
 def test_a_checkpoint_holds_the_whole_model_and_the_run_goes_on_from_it(options, single, tmp_path):
     first = train(tmp_path / "first", 2, options, steps=2, run_dir=str(tmp_path / "run"))

@@ -7,58 +7,66 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.errors import CheckpointError, TrainingError
+from ernie_elastic.data.mixture import MixtureConfig
+from ernie_elastic.data.prepare import prepare_data
+from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.errors import CheckpointError, ConfigError, TrainingError
+from ernie_elastic.modeling.generation import layout_of
 from ernie_elastic.pipeline.pretrain import run_pretrain
 from ernie_elastic.presets import debug
 from ernie_elastic.training import loop
-from ernie_elastic.training.record import mean_losses
 from ernie_elastic.training.spikes import SpikeConfig
+from tests.distributed import rollback_worker
+from tests.distributed.rollback_worker import STEPS
+from tests.distributed.running import launch
 from tests.support import pretrain_runs as runs
 
 pytestmark = pytest.mark.distributed
-POISON = range(17, 19)  # units of data; two steps in a row are a spike
-STEPS = 30
+ROLLBACK_WORKER = Path(rollback_worker.__file__)
 
 
 @pytest.fixture
 def reads(monkeypatch) -> list[int]:
     """The units that the loader reads; losses of a step that read a poisoned one are five times as high."""
     reads: list[int] = []
-    read, step = PackedLoader.step, loop._Run.step
+    read = PackedLoader.step
 
     def noted(self, unit):
         reads.append(unit)
         return read(self, unit)
 
-    def poisoned(self, number, batches, waited=0.0):
-        if set(self._units_of(number)) & set(POISON):
-            with monkeypatch.context() as patch:
-                patch.setattr(loop, "mean_losses", lambda results: {k: 5 * v for k, v in mean_losses(results).items()})
-                return step(self, number, batches, waited)
-        return step(self, number, batches, waited)
-
     monkeypatch.setattr(PackedLoader, "step", noted)
-    monkeypatch.setattr(loop._Run, "step", poisoned)
+    monkeypatch.setattr(loop._Run, "step", rollback_worker.poisoned(loop._Run.step))
     return reads
 
 
-def run(run_dir, **changes):
+def run(run_dir, data=None, **changes):
     config = debug()
     training = dataclasses.replace(
         config.training, engine="torch", rows_per_step=2, log_every=0,
         **{"steps": STEPS, "checkpoint_every": 5, "spikes": SpikeConfig(factor=1.8, steps=2, window=20), **changes},
     )  # fmt: skip
-    run_pretrain("debug", dataclasses.replace(config, run_dir=run_dir, training=training))
+    run_pretrain("debug", dataclasses.replace(config, run_dir=run_dir, training=training, data=data or config.data))
 
 
-@pytest.mark.parametrize(("every", "back"), [(5, 15), (2, 16)])  # the second has a checkpoint inside the spike
-def test_the_run_goes_back_and_around_and_a_resume_meets_the_same(whole, tmp_path, reads, every, back):
-    once = runs.copy_inputs(whole, tmp_path / "once")
-    run(once, checkpoint_every=every)
+def mixture(whole, folder):
+    """Two sources, the second of another task, whose weight grows where the run is past its spike."""
+    tokenizers, model = whole / "tokenizers", debug().model
+    prepare = dataclasses.replace(debug().prepare, num_records=60, seed=9, task_weights={"text": 1.0})
+    prepare_data(tokenizers, folder / "other", prepare, layout_of(model.to_config(Tokenizers.load(tokenizers))))
+    return MixtureConfig(((whole / "packed", 3.0), (folder / "other", 1.0)), ((0.75, 1, 9.0),))
+
+
+# The second has a checkpoint inside the spike, and two sources.
+@pytest.mark.parametrize(("every", "back", "mixed"), [(5, 15, False), (2, 16, True)])
+def test_the_run_goes_back_and_around_and_a_resume_meets_the_same(whole, tmp_path, reads, every, back, mixed):
+    once, data = runs.copy_inputs(whole, tmp_path / "once"), mixture(whole, tmp_path) if mixed else None
+    run(once, data, checkpoint_every=every)
     records = runs.records(once)
     events = [record for record in records if "event" in record]
     assert len(events) == 1
@@ -74,7 +82,23 @@ def test_the_run_goes_back_and_around_and_a_resume_meets_the_same(whole, tmp_pat
     assert after == list(range(19, STEPS + 19 - back)), "it reads what follows the spike"
     parts = runs.copy_inputs(whole, tmp_path / "parts")
     for _ in range(STEPS // (3 * every)):
-        run(parts, stop_after=3 * every, checkpoint_every=every)
+        run(parts, data, stop_after=3 * every, checkpoint_every=every)
+    assert runs.records(parts) == records
+    if mixed:
+        with pytest.raises(ConfigError, match="weights"):
+            run(parts, dataclasses.replace(data, changes=()), checkpoint_every=every)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_deepspeed_go_back_too(whole, tmp_path):
+    """DeepSpeed's state is loaded into an engine that has gone on training; a resume meets the same run."""
+    once, parts = (runs.copy_inputs(whole, tmp_path / name) for name in ("once", "parts"))
+    for run_dir, stops in ((once, ["0"]), (parts, ["15", "15"])):
+        for stop in stops:
+            done = launch(2, ROLLBACK_WORKER, str(run_dir), stop)
+            assert done.returncode == 0, done.stderr[-3000:]
+    records = runs.records(once)
+    assert [record["step"] for record in records if "event" in record] == [15]
     assert runs.records(parts) == records
 
 

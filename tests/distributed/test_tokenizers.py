@@ -40,6 +40,7 @@ def test_two_ranks_keep_equal_codebooks_and_equal_one_rank(tmp_path: Path) -> No
         torch.testing.assert_close(first["state"][name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_train_one_codec_and_nearly_that_of_one_rank(tmp_path: Path) -> None:
     (single,) = run(tmp_path / "one", 1, "codec")

@@ -75,7 +75,7 @@ def finish(run_dir: Path, *arguments: str, ranks: int = 2, preset: str = "debug"
     return log.read_text()
 
 
-def kill_all(processes: Sequence[subprocess.Popen[str]]) -> None:
+def kill_all(processes: Sequence[subprocess.Popen[Any]]) -> None:
     """SIGKILL to the processes and all that they started, as a machine that goes down does."""
     doomed = []
     for process in processes:
