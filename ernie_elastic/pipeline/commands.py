@@ -363,7 +363,7 @@ def study(
     Args:
         name: the study.
         out: directory of the runs, the tables and the figure; a study that was cut off goes on there.
-        size: full takes about half an hour on two cores with three seeds; smoke shows the way in a minute.
+        size: full takes about forty minutes on two cores with three seeds; smoke shows the way in a minute.
         seeds: so many runs of every arm.
         workers: runs at the same time.
         arms: names of the ways to train (default: all).

@@ -1,4 +1,4 @@
-"""A run of the debug preset whose loss rises at some data; under torchrun: RUN_DIR STOP_AFTER (0 = to the end)."""
+"""A run of the debug preset whose loss rises at some data; on every rank: RUN_DIR STOP_AFTER (0 = to the end)."""
 
 from __future__ import annotations
 

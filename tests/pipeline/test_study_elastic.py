@@ -83,6 +83,21 @@ def test_tables_and_figure(tmp_path: Path) -> None:
     assert picture.size[0] > 2 * picture.size[1] and len(set(picture.convert("L").resize((60, 20)).getdata())) > 5
 
 
+def test_the_number_of_steps_can_be_chosen_and_is_part_of_the_settings(tmp_path: Path, monkeypatch) -> None:
+    trained = []
+
+    def measured(jobs, workers):
+        trained.extend(job.size.training(job.seed, 1).steps for job in jobs)
+        return [(job, {"full": {"text": 1.0, "loss": 1.0}}) for job in jobs]
+
+    monkeypatch.setattr(study_elastic, "_measured", measured)
+    monkeypatch.setattr(study_elastic, "_pack", lambda size, job: None)
+    study_elastic.run_study("smoke", tmp_path, (0, 1), 1, ("fixed",), tmp_path / "tokenizers", steps=7)
+    assert trained == [7, 7]
+    with pytest.raises(ConfigError, match="holds a study with settings"):
+        study_elastic.run_study("smoke", tmp_path, (0, 1), 1, ("fixed",), tmp_path / "tokenizers")
+
+
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"arms \['dept'\] are not among \['fixed'"):
         study_elastic.run_study("smoke", tmp_path, (0,), 1, ("dept",))
