@@ -80,6 +80,8 @@ def test_layers_may_differ_in_top_k_when_saved_and_cut_again(tmp_path):
     smaller.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, experts_implementation=smaller.config._experts_implementation)
     assert loaded.config.full_spec() == smaller.config.full_spec()
+    chosen = [decision.experts_NK.shape[1] for decision in outputs(loaded, batch)[0].routing]
+    assert tuple(chosen) == spec.top_ks
     for ours, theirs in zip(outputs(model, batch, spec)[1], outputs(loaded, batch)[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     again = make_spec(loaded, torch.rand(6, 6), Request(topk=2))
