@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,47 +11,9 @@ import pytest
 import torch
 
 from tests.distributed import train_worker
-from tests.support.pretrain_runs import free_port, kill_all
+from tests.support.warm_ranks import launch
 
 WORKER = Path(train_worker.__file__)
-LIMIT_S = 280
-
-
-def launch(ranks: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script on so many ranks; what all of them printed is in `stderr`.
-
-    Without torchrun's agent, which would take as long to start as a rank: tests of launchers start real ones.
-    """
-    command = [sys.executable, str(script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    if ranks == 1:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryFile("w+") as printed:
-        processes = [
-            subprocess.Popen(
-                command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=printed, stderr=printed
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            code = _end_of(processes)
-        finally:
-            kill_all(processes)
-        printed.seek(0)
-        return subprocess.CompletedProcess(command, code, "", printed.read())
-
-
-def _end_of(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all, or for the first that fails; its exit code."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < LIMIT_S:
-        codes = [process.poll() for process in processes]
-        failed = [code for code in codes if code]
-        if failed or None not in codes:
-            return failed[0] if failed else 0
-        time.sleep(0.05)
-    raise AssertionError(f"the ranks did not end within {LIMIT_S} s")
 
 
 def train(out: Path, ranks: int, training: dict[str, Any], **job: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from ernie_elastic.modeling.loading import load_model
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine
 from tests.distributed import expert_worker
-from tests.distributed.running import assert_same, launch, train
+from tests.distributed.running import assert_same, train
 from tests.modeling.common import tiny_model
+from tests.support.warm_ranks import launch
 
 pytestmark = pytest.mark.timeout(600)
 slow = pytest.mark.slow

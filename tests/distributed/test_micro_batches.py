@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import micro_worker
+from tests.support.warm_ranks import launch
 
 WORKER = Path(micro_worker.__file__)
 pytestmark = pytest.mark.distributed
 
 
 def run(out: Path, ranks: int, *arguments: str) -> dict:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
-    command = [sys.executable, *([*launcher, "--rdzv_endpoint=localhost:0"] if ranks > 1 else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    done = subprocess.run(
-        [*command, str(WORKER), str(out), *arguments], env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = launch(ranks, WORKER, str(out), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -23,8 +23,8 @@ from ernie_elastic.training import loop
 from ernie_elastic.training.spikes import SpikeConfig
 from tests.distributed import rollback_worker
 from tests.distributed.rollback_worker import STEPS
-from tests.distributed.running import launch
 from tests.support import pretrain_runs as runs
+from tests.support.warm_ranks import launch
 
 pytestmark = pytest.mark.distributed
 ROLLBACK_WORKER = Path(rollback_worker.__file__)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import tokenizer_worker
+from tests.support.warm_ranks import launch
 
 WORKER = Path(tokenizer_worker.__file__)
 
@@ -18,14 +16,7 @@ WORKER = Path(tokenizer_worker.__file__)
 def run(out: Path, ranks: int, what: str) -> list[dict]:
     """What each rank of the worker wrote."""
     out.mkdir()
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    done = subprocess.run(
-        [*command, str(WORKER), str(out), what], env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = launch(ranks, WORKER, str(out), what)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
