@@ -46,8 +46,9 @@ MAKERS = [gaussian, any_words, constant(0.0), constant(-1.5), constant(float("in
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_matrix_comes_back(shape: tuple[int, int, int], device: torch.device) -> None:
-    for make in MAKERS:
+def test_every_matrix_comes_back(shape: tuple[int, int, int], device: torch.device, stress: int) -> None:
+    every = stress > 1 or device.type == "cuda" or shape in SHAPES[:2]
+    for make in MAKERS if every else (any_words, heavy):
         weight_DRC = make(*shape)
         packed = lane_tiles.pack(weight_DRC)
         assert same_bits(lane_tiles.unpack(packed, backend="reference"), weight_DRC)

@@ -48,16 +48,22 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities in the interpreter's numpy
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("weights", [gaussian, any_words])
+@pytest.mark.parametrize(
+    ("weights", "shape"),
+    [*((gaussian, shape) for shape in SHAPES), (any_words, SHAPES[4]), *(
+        pytest.param(any_words, shape, marks=pytest.mark.slow) for shape in SHAPES[:4]
+    )],
+    ids=lambda item: getattr(item, "__name__", str(item)),
+)  # fmt: skip
 def test_fused_experts_have_the_bits_of_the_plain_twin(
-    weights: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device
+    weights: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device, stress: int
 ) -> None:
     from ernie_elastic.kernels.zip_moe.triton_impl import Tiles
 
     x, gate_up, down, ids, combine = make(shape, weights, device)
     packed = zip_moe.pack(gate_up, down)
-    for tiles in (Tiles(16, 1), Tiles(8, 3)) if shape in FEW else (Tiles(16, 2),):
+    both = stress > 1 or device.type == "cuda" or shape == SHAPES[0]
+    for tiles in (Tiles(16, 1), Tiles(8, 3)) if shape in FEW and both else (Tiles(16, 2),):
         found = zip_moe.experts_fused(x, packed, ids, combine, tiles)
         assert same_values(found, zip_moe.experts_plain(x, gate_up, down, ids, combine, tiles))
         if weights is gaussian:

@@ -63,7 +63,7 @@ EXECUTED: tuple[str, ...] = (
     "torchrun --nproc_per_node=2 scripts/train_tokenizer.py audio --data world --out neural/audio-2 "
     "--model.sample-rate 16000 --model.strides 2 4 4 5 8 --model.width 2 --training.steps 2",
     "ernie-elastic train-tokenizer refiner --data inputs/photographs --out refiner --held-out-share 0.25 "
-    "--training.steps 2",
+    "--health-items 1 --training.steps 2",
     "ernie-elastic train-tokenizer refiner --data world --out refiner-world --training.tokenizer tokenizers/visual "
     "--training.crop 96 --health-size 96 --health-items 2 --training.steps 2 "
     "--training.degradation.undegraded-share 1",
