@@ -368,7 +368,7 @@ def study(
         workers: runs at the same time.
         arms: names of the ways to train (default: all).
         tokenizers: directory that holds text/, visual/ and audio/ (default: they are trained).
-        steps: optimizer steps of every arm (default: 240, or 4).
+        steps: optimizer steps of every arm (default: 240, or 4); more of them read more records.
     """
     from ernie_elastic.pipeline.study_elastic import run_study
 

@@ -68,6 +68,14 @@ class StudySize:
             learning_rate=1.5e-3, seed=seed, micro_batches=micro_batches, log_every=50, keep_checkpoints=1,
         )  # fmt: skip
 
+    def lasting(self, steps: int | None) -> StudySize:
+        """The same study over so many steps (None = its own), with more records where they are more: none is read more
+        often than in the study as it is."""
+        if steps is None:
+            return self
+        records = self.num_records * max(self.steps, steps) // self.steps
+        return dataclasses.replace(self, steps=steps, num_records=records)
+
     def prepare(self, seed: int, num_records: int) -> PrepareConfig:
         """Packed data of these records."""
         return PrepareConfig(
@@ -181,7 +189,7 @@ def run_study(
     """Train and measure arms with every seed, `workers` at a time; returns and writes (results.json) the losses.
 
     arms: names of ARMS, empty = all. tokenizers: a directory of trained ones (default: they are trained in `out`).
-    steps: of every arm (default: the size's).
+    steps: of every arm (default: the size's); more steps read more records.
     Raises ConfigError for names that are unknown, and when `out` holds a study of other settings.
     """
     chosen = tuple(arm for arm in ARMS if not arms or arm.name in arms)
@@ -192,7 +200,7 @@ def run_study(
             f"study: size {size!r}, {len(seeds)} seeds, {workers} workers, {steps} steps; choose a size of "
             f"{list(SIZES)} and numbers from 1 on"
         )
-    settings = SIZES[size] if steps is None else dataclasses.replace(SIZES[size], steps=steps)
+    settings = SIZES[size].lasting(steps)
     study = Study(size, seeds, to_jsonable({"size": settings, "tokenizers": tokenizers and tokenizers.resolve()}))
     _claim(out, study)
     if tokenizers is None:

@@ -94,6 +94,10 @@ def test_the_number_of_steps_can_be_chosen_and_is_part_of_the_settings(tmp_path:
     monkeypatch.setattr(study_elastic, "_pack", lambda size, job: None)
     study_elastic.run_study("smoke", tmp_path, (0, 1), 1, ("fixed",), tmp_path / "tokenizers", steps=7)
     assert trained == [7, 7]
+    full = study_elastic.SIZES["full"]
+    assert (full.lasting(960).num_records, full.lasting(60).num_records) == (40_000, 10_000) and full.lasting(
+        None
+    ) is full
     with pytest.raises(ConfigError, match="holds a study with settings"):
         study_elastic.run_study("smoke", tmp_path, (0, 1), 1, ("fixed",), tmp_path / "tokenizers")
 
