@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ernie_elastic.kernels.lane_tiles import triton_impl as lanes
+from ernie_elastic.kernels.sorted_experts import triton_impl as experts
 from ernie_elastic.kernels.tbe_decode import triton_bitmap_tiles as bitmaps
 from ernie_elastic.kernels.tbe_decode import triton_impl as tbe
 from ernie_elastic.kernels.zip_gemm import triton_impl as gemm
@@ -110,11 +111,19 @@ def small_cases() -> list[Case]:
     combine = {"rows": "*fp32", "ids": "*i64", "out": "*bf16", "tokens": "i32", "hidden": "i32", "experts": "i32"}
     sizes = {"BE": 256, "BS": moe.PLAN_PAIRS, "BM": 16}
     parts = {"SPLITS": 2, "BH": moe.COMBINE_COLUMNS, "INTERP": False}
+    swiglu = {"fused": "*bf16", "weight": "*fp32", "active": "*bf16"}
+    swiglu_backward = {**swiglu, "fused_grad": "*bf16", "weight_grad": "*fp32", "units": "i32"}
+    tiles = {"UNIT": 8, "BI": experts.COLUMNS}
+    unused = {"grad": "*bf16", "counts": "*i64", "size": "i32"}
     return [
         Case("zip_moe_plan", moe.plan_kernel, {**plan, "blocks": "i32"}, sizes, options={"num_warps": 8}),
         Case("zip_moe_combine", moe.combine_kernel, {**combine, "top_k": "i32"}, parts),
         Case("zip_gemm_sum", gemm.sum_kernel, {"parts": "*fp32", "out": "*fp32", "count": "i32"},
              {"SPLITS": 4, "BLOCK": gemm.SUM_COLUMNS}),
+        Case("weighted_swiglu", experts.weighted_swiglu_kernel, {**swiglu, "units": "i32"}, tiles),
+        Case("weighted_swiglu_backward", experts.weighted_swiglu_backward_kernel, swiglu_backward,
+             tiles),
+        Case("zero_unused", experts.zero_unused_kernel, unused, {"BLOCK": experts.BLOCK}),
     ]  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def check(found: list[dict[str, object]], kernels: set[str]) -> None:
 
 
 KERNELS = {"tbe_decode", "tbe_decode_bitmaps", "lane_tiles_unpack", "zip_gemm_b16", "zip_gemm_sum",
-           "zip_moe_gate_up", "zip_moe_down", "zip_moe_plan", "zip_moe_combine"}  # fmt: skip
+           "zip_moe_gate_up", "zip_moe_down", "zip_moe_plan", "zip_moe_combine",
+           "weighted_swiglu", "weighted_swiglu_backward", "zero_unused"}  # fmt: skip
 TWINS = {"zip_gemm_b64", "bf16_gemm_b16", "bf16_gemm_b64", "bf16_moe_gate_up", "bf16_moe_down"}
 
 

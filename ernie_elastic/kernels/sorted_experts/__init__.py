@@ -39,8 +39,9 @@ def sorted_experts(
     None) and returns none, which saves writing and adding a dense gradient of all experts. The projections must be
     leaves. Hooks on them do not fire and `torch.autograd.grad` does not see them, so it is for plain loops only.
     Inside torch.compile it has no effect: autograd accumulates.
-    backend: "native" is C++ for contiguous float32 on the CPU, "torch" runs everywhere; "auto" takes native where it
-    can and logs once which and why (always "auto" inside torch.compile).
+    backend: "native" is C++ for contiguous float32 on the CPU, "grouped" torch's grouped products with Triton kernels
+    for BF16 on a GPU, "torch" runs everywhere; "auto" takes native or grouped where it can and logs once which and why
+    (always "auto" inside torch.compile).
 
     Raises ConfigError for shapes, dtypes or ids that do not fit, or a back end that cannot run them.
     ours: reason: Transformers' grouped back end writes every pair's input, output and weighted output to memory and

@@ -101,9 +101,10 @@ def forward(
     return reduce_pairs(rows_SH, order.pair_S, top_k), kept_S2I
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
-    """Where a projection's gradient goes: grad [E, ...] as the projection, added to (beta 1) or written (beta 0)."""
+    """Where a projection's gradient goes: grad [E, ...] as the projection, added to (beta 1), or written or made anew
+    (beta 0)."""
 
     grad: Tensor
     beta: int
