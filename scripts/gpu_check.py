@@ -29,13 +29,21 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("zip_gemm", "zip_moe", "tbe_decode")
+BENCHMARKS = ("zip_gemm", "zip_moe", "tbe_decode", "training_gpu")
 QUICK_TESTS = ("test_tbe_decode.py", "test_zip_gemm.py", "test_zip_moe.py")
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis", "numpy")
 # The models whose weights stay packed on a GPU, and what these tests need besides.
-MODEL_TESTS = ("tests/compression/test_packed.py", "tests/compression/test_quantizer.py")
+MODEL_TESTS = (
+    "tests/compression/test_packed.py",
+    "tests/compression/test_quantizer.py",
+    "tests/modeling/test_execution.py::test_flex_attention_trains_as_sdpa_on_a_gpu",
+)
 NEEDED_BY_MODEL_TESTS = ("transformers", "safetensors", "xxhash", "zstandard", "tqdm")
 NEEDED_BY_BENCHMARKS = ("numpy", "safetensors", "tqdm")
+# What a benchmark needs besides.
+NEEDED_BY = {
+    "training_gpu": ("transformers", "einops", "jinja2", "PIL", "regex", "soundfile", "tyro", "xxhash", "zstandard")
+}
 TESTS_SHARE = 0.45  # of the time at most for the tests
 
 
@@ -134,6 +142,9 @@ def measure(found: Found, quick: bool, clock: Clock, save: Callable[[], Any]) ->
         return found.skip(f"benchmarks: {', '.join(absent)} not installed")
     queues: dict[str, Iterator[Any]] = {}
     for name in BENCHMARKS:
+        if absent := missing(NEEDED_BY.get(name, ())):
+            found.skip(f"{name}: {', '.join(absent)} not installed")
+            continue
         try:
             queues[name] = iter(importlib.import_module(f"bench.{name}").tasks(quick))
         except Exception as error:  # one benchmark must not take the other's rows with it

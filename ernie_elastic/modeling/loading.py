@@ -81,6 +81,19 @@ def choose_experts_back_end(model: ErnieElasticForCausalLM, name: str = "auto") 
     model.config._experts_implementation = name
 
 
+def choose_attention(model: ErnieElasticForCausalLM, name: str) -> None:
+    """Set the back end of attention for training: "sdpa", or "flex_attention" on a GPU.
+
+    Raises ConfigError for another name, and for flex_attention without a GPU: torch has no backward of it on CPUs.
+    """
+    if name not in ("sdpa", "flex_attention"):
+        raise ConfigError(f"attention {name!r} is not one of sdpa, flex_attention")
+    if name == "flex_attention" and not torch.cuda.is_available():
+        raise ConfigError("attention flex_attention trains on a GPU only, and torch sees none; choose sdpa")
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
 def load_model(source: Path | str | None, experts: str | None = None) -> ErnieElasticForCausalLM:
     """The model of a directory, ready for inference, in `compute_dtype`.
 

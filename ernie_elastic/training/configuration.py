@@ -34,9 +34,10 @@ class TrainingConfig:
     loss_weights times posterior: the weight of each modality's mean loss. sequence_parallel: ranks that share each
     row, by attention heads (DeepSpeed-Ulysses); 1 = none.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
-    limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. keep_checkpoints:
-    older ones are removed. skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a
-    row end the run with the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
+    limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. attention: its
+    back end; flex_attention needs a GPU. keep_checkpoints: older ones are removed.
+    skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a row end the run with
+    the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
     rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch). async_checkpoint:
     write checkpoints in a thread while training goes on, for the state once more in host memory; False: at once.
     spikes: loss-spike rollback. stages: replace schedule and set batch, RoPE base, bias speed and MTP weight for
@@ -68,6 +69,7 @@ class TrainingConfig:
     expert_parallel: int = 1
     resume_other_world_size: bool = False
     experts: Literal["auto", "eager", "grouped_mm", "sorted_experts"] = "auto"
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
     gradient_checkpointing: bool = False
     sequence_parallel: int = 1
     checkpoint_every: int = 0
@@ -112,6 +114,7 @@ class TrainingConfig:
             ("engine", ("deepspeed", "torch")),
             ("optimizer", ("adamw", "cpu_adam", "muon")),
             ("precision", ("fp32", "bf16")),
+            ("attention", ("sdpa", "flex_attention")),
             ("offload", ("none", "optimizer")),
             ("zero_stage", (0, 1, 2, 3)),
         ):

@@ -34,11 +34,15 @@ def parameter_groups(model: nn.Module, training: TrainingConfig) -> list[dict[st
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """torch's AdamW, or Muon with AdamW for what is no matrix of the stack."""
+    """torch's AdamW, or Muon with AdamW for what is no matrix of the stack.
+
+    A model on a GPU gets the fused form: one pass over weights, moments and gradients, no temporaries of their size.
+    """
     groups, betas = parameter_groups(model, training), (training.beta1, training.beta2)
     if training.optimizer == "muon":
         return MuonAdamW(groups, betas)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, foreach=True)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, foreach=not fused, fused=fused)
 
 
 def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:

@@ -21,7 +21,7 @@ from ernie_elastic.elastic.space import ElasticConfig, check_space
 from ernie_elastic.errors import TrainingError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import choose_experts_back_end
+from ernie_elastic.modeling.loading import choose_attention, choose_experts_back_end
 from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.modeling.positions import set_rope_base
 from ernie_elastic.stages import progress, say
@@ -85,6 +85,7 @@ def pretrain(
         seed_everything(training.seed)
         model = ErnieElasticForCausalLM(config)
         choose_experts_back_end(model, training.experts)
+        choose_attention(model, training.attention)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         watch = RankWatch(training.rank_limit_s)

@@ -15,10 +15,12 @@ from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.loading import choose_attention
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.masks import Places, SequenceMask
 from ernie_elastic.modeling.model import ErnieElasticDecoderLayer
 from ernie_elastic.schema import PackedBatch, SubModelSpec
+from ernie_elastic.training.configuration import TrainingConfig
 from tests.modeling.common import RICH, random_parts, random_tokens, tiny_config, tiny_model
 
 
@@ -153,6 +155,37 @@ def test_compiled_flex_attention_agrees_with_sdpa():
     valid = batch.document_BT >= 0
     expected, found = hidden_with("sdpa", batch, **changes), hidden_with("flex_attention", batch, **changes)
     torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
+
+
+def test_training_chooses_an_attention_that_can_train_here(monkeypatch):
+    model = tiny_model(head_dim=16)
+    choose_attention(model, "sdpa")
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="flex_attention trains on a GPU only, and torch sees none; choose sdpa"):
+        choose_attention(model, "flex_attention")
+    with pytest.raises(ConfigError, match="'flash' is not one of sdpa, flex_attention"):
+        choose_attention(model, "flash")
+    with pytest.raises(ConfigError, match="attention 'flash' is not one of sdpa, flex_attention"):
+        TrainingConfig(attention="flash")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choose_attention(model, "flex_attention")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.gpu
+def test_flex_attention_trains_as_sdpa_on_a_gpu():
+    """Compiled and with a backward, elastic steps included: what a CPU cannot show."""
+    model = tiny_model(**{**RICH, "head_dim": 16}).train().cuda()
+    batch, fewer = pack(model.config).to("cuda"), SubModelSpec((0, 3, 4, 5), ((0, 1, 2),) * 4, 1)
+    for spec in (model.config.full_spec(), fewer):
+        choose_attention(model, "sdpa")
+        expected = loss_and_gradients(model, batch, spec)
+        choose_attention(model, "flex_attention")
+        found = loss_and_gradients(model, batch, spec)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+        for name, gradient in expected[1].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -34,6 +34,7 @@ REQUIRED = {
         "entropy",
         "pair_entropy",
     },
+    "training_gpu": {"transformers", "sdpa", "grouped_mm"},
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32", "memory_read", "reference"},
 }

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,10 +93,87 @@ def test_wrong_experts_are_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch
         zip_moe.layer_row(layer, 1)
 
 
-def test_without_a_gpu_both_end_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def training(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench.training_gpu at a size and with back ends that a CPU trains."""
+    module = bench("training_gpu")
+    monkeypatch.setattr(module, "VARIANTS", {"ours": ("sdpa", "sorted_experts"), "grouped_mm": ("sdpa", "grouped_mm")})
+    model = dataclasses.replace(
+        module.SMALL.model, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, moe_intermediate_size=32, num_experts=8,
+    )  # fmt: skip
+    monkeypatch.setattr(module, "SMALL", module.Size("tiny", model, 512, 4, 64, 2, 1.0))
+    return module
+
+
+def test_training_rows(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, use = training.run(True)
+    assert speed.case == "tiny, 256 tokens a step" and use.case == "tiny, 256 tokens a step: MFU"
+    for row in (speed, use):
+        assert set(row.theirs) == {"transformers", "grouped_mm"} < set(training.PEERS) and row.ours > 0
+    assert use.ratio == pytest.approx(speed.ratio) and speed.unit == "tokens/s" and use.unit == "%"
+    monkeypatch.setattr(training.Ernie4_5_MoeForCausalLM, "forward", lambda *a, **k: SimpleNamespace(loss=2 * nothing))
+    nothing = torch.ones((), requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"transformers: the first loss is 2\.000, not about 6\.238"):
+        training.run(True)
+
+
+def test_training_sizes_are_those_of_the_issue_and_equal_on_both_sides(training: Any) -> None:
+    size = training.ABLATION
+    assert size.tokens >= 32_768 and 3.1e9 < training.parameters(size) < 3.3e9
+    with torch.device("meta"):
+        theirs = training.Ernie4_5_MoeForCausalLM(training.their_config(size))
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert count == pytest.approx(training.parameters(size), rel=1e-4)
+    assert [task.name for task in training.tasks(False)] == ["ablation_3b", "tiny"]
+    ids = np.full((4, 64), 11, np.int32)
+    batches = training.batches_of(training.SMALL, training.our_config(training.SMALL), ids)
+    assert [tuple(batch.document_BT.shape) for batch in batches] == [(2, 64), (2, 64)]
+    assert all(bool((batch.document_BT == 0).all()) for batch in batches), "one document fills a row"
+
+
+def test_training_on_a_gpu_that_is_too_small_is_left_out_aloud(
+    training: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(total_memory=24 << 30))
+    assert training.rows_of(training.ABLATION, 1) == []
+    assert "training_gpu: ablation_3b is left out: needs 97 GiB, the GPU has 24" in capsys.readouterr().err
+
+
+def test_gpu_check_names_all_that_the_training_rows_import() -> None:
+    code = (
+        "import sys; sys.path[:0] = [%r, %r]; import bench.training_gpu; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('ernie_elastic') and m.__file__))"
+    )
+    done = run_python(code % (str(ROOT), str(ROOT / "scripts")))
+    files = [Path(name) for name in done.split()]
+    assert len(files) > 60
+    found = set()
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    tree = ast.parse((ROOT / "scripts" / "gpu_check.py").read_text())
+    values = {getattr(node.targets[0], "id", ""): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    needed = set(ast.literal_eval(values["NEEDED_BY"])["training_gpu"])
+    needed |= set(ast.literal_eval(values["NEEDED_BY_BENCHMARKS"]))
+    come_along = {"torch", "triton", "typing_extensions", "huggingface_hub", "tokenizers"}  # torch, Transformers
+    assert found - sys.stdlib_module_names - {"ernie_elastic"} - come_along <= needed
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_without_a_gpu_each_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("zip_gemm", "zip_moe"):
+    for name in ("zip_gemm", "zip_moe", "training_gpu"):
         module = importlib.import_module(f"bench.{name}")
         with pytest.raises(ConfigError, match=f"{name} needs a CUDA device and torch sees none; run it on"):
             module.run(True)

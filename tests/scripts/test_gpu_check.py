@@ -145,6 +145,13 @@ def test_tests_that_fail_hang_or_cannot_run_are_told_apart(check: Any, monkeypat
     monkeypatch.setattr(check, "NEEDED_BY_BENCHMARKS", ("no_such_module",))
     check.measure(found, True, check.Clock(1.0), lambda: None)
     assert found.skipped[-1] == "benchmarks: no_such_module not installed"
+    monkeypatch.setattr(check, "NEEDED_BY_BENCHMARKS", ())
+    monkeypatch.setattr(check, "NEEDED_BY", {"zip_gemm": ("no_such_module",)})
+    plant(monkeypatch, "zip_gemm", [task("a", 1, row("a"))])
+    plant(monkeypatch, "zip_moe", [task("b", 1, row("b"))])
+    check.measure(found, True, check.Clock(1.0), lambda: None)
+    assert found.skipped[-1] == "zip_gemm: no_such_module not installed"
+    assert [name for name, _ in found.rows] == ["zip_moe"]
 
 
 def test_the_whole_run_ends_with_the_right_code(check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
