@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from ernie_elastic.data.loader import PackedLoader
 from ernie_elastic.data.mixture import MixtureConfig
@@ -130,3 +131,11 @@ def test_too_many_rollbacks_and_no_checkpoint_to_go_back_to_are_errors(whole, tm
         )
     with pytest.raises(TrainingError, match="no checkpoint is older"):
         run(runs.copy_inputs(whole, tmp_path / "young"), checkpoint_every=50)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with it")
+def test_an_attention_that_cannot_train_here_ends_the_run_before_its_first_step(whole, tmp_path):
+    run_dir = runs.copy_inputs(whole, tmp_path / "run")
+    with pytest.raises(ConfigError, match="flex_attention trains on a GPU only"):
+        run(run_dir, steps=2, attention="flex_attention")
+    assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "checkpoints").exists()
