@@ -14,13 +14,13 @@ from ernie_elastic.kernels.sorted_experts import dispatch, grouped_impl, referen
 from tests.kernels.test_sorted_experts import assert_close, make, run
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("device")]
-# (N, E, K, H, I): usual; more experts than pairs; one of each; no tokens; ids that fill a byte; two tiles of a row.
+# (N, E, K, H, I): usual; more experts than pairs; one of each; no tokens; ids beyond a byte; two tiles of a row.
 SHAPES = [
     (29, 8, 2, 24, 16),
     (3, 16, 4, 32, 8),
     (20, 5, 1, 8, 48),
     (0, 4, 2, 8, 8),
-    (30, 256, 2, 16, 8),
+    (30, 300, 2, 16, 8),
     (3, 2, 2, 8, 1040),
 ]
 
@@ -152,3 +152,5 @@ def test_what_it_cannot_run_is_named_and_auto_goes_elsewhere(device: torch.devic
     else:
         assert dispatch.implementation("auto", hidden, gate_up, down) is grouped_impl
     assert "grouped" in dispatch.available_backends()
+    none = hidden.detach()[:0]
+    assert dispatch.implementation("grouped", none, gate_up.detach(), down.detach()) is torch_impl, "refused when empty"

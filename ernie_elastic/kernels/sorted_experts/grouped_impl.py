@@ -38,8 +38,8 @@ def problem(hidden_NH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> str | 
 def sort_pairs(ids_NK: Tensor, num_experts: int) -> Order:
     """Stable sort of the pairs of int64 [N, K] by expert. An id that is no expert: ConfigError on the CPU, a device
     assertion on a GPU, since looking would make it wait."""
-    # Sorting bytes is several times faster than sorting int64; one more value must fit, for ids that are no expert.
-    narrow = torch.uint8 if num_experts < 256 else torch.int32
+    # Sorting bytes is several times faster than sorting int64.
+    narrow = torch.uint8 if num_experts <= 256 else torch.int32
     flat_S = ids_NK.reshape(-1)
     known = (flat_S >= 0) & (flat_S < num_experts)
     if not ids_NK.is_cuda and not bool(known.all()):
