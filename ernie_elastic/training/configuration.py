@@ -34,8 +34,8 @@ class TrainingConfig:
     loss_weights times posterior: the weight of each modality's mean loss. sequence_parallel: ranks that share each
     row, by attention heads (DeepSpeed-Ulysses); 1 = none.
     stop_after: end this session after so many steps, with a checkpoint; the same command goes on from there (0 = no
-    limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on a GPU. attention: its
-    back end; flex_attention needs a GPU. keep_checkpoints: older ones are removed.
+    limit). experts: back end of the experts; auto is sorted_experts on a CPU and grouped_mm on most GPUs. attention:
+    its back end; flex_attention needs a GPU. keep_checkpoints: older ones are removed.
     skip_limit: a step whose loss or gradient is not finite is skipped and counted; so many in a row end the run with
     the rows they read (0 = never). wandb: offline or online tracking beside metrics.jsonl.
     rank_limit_s: a rank without a sign of life for so long ends the job, by name (0 = no watch). async_checkpoint:

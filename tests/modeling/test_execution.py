@@ -15,7 +15,7 @@ from ernie_elastic.data.tokens import Tokens
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import choose_attention
+from ernie_elastic.modeling.loading import choose_attention, choose_experts_back_end
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.masks import Places, SequenceMask
 from ernie_elastic.modeling.model import ErnieElasticDecoderLayer
@@ -171,6 +171,19 @@ def test_training_chooses_an_attention_that_can_train_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     choose_attention(model, "flex_attention")
     assert model.model.layers[0].self_attn.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [(None, "sorted_experts"), ((9, 0), "grouped_mm"), ((10, 0), "sorted_experts")]
+)
+def test_automatic_experts_avoid_a_product_that_leaves_gradients_unwritten(capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    model = tiny_model()
+    choose_experts_back_end(model)
+    assert model.config._experts_implementation == chosen
+    choose_experts_back_end(model, "eager")
+    assert model.config._experts_implementation == "eager"
 
 
 @pytest.mark.gpu
