@@ -76,8 +76,8 @@ EXECUTED: tuple[str, ...] = (
     "torchrun --nproc_per_node=2 scripts/pretrain.py debug --run-dir runs/mixture --tokenizers-dir tokenizers "
     "--data.sources packed-text 2 packed-photographs 1 --data.changes 0.5 1 4 --training.steps 4",
     "python scripts/demo_seeds.py runs/demo runs/demo-1 runs/demo-2",
-    "ernie-elastic study elastic --size smoke --out study --seeds 1 --workers 1 --arms fixed sparsity "
-    "--tokenizers tokenizers",
+    "ernie-elastic study elastic --size smoke --out study --seeds 1 --workers 1 --steps 4 "
+    "--arms fixed sparsity --tokenizers tokenizers",
     "python scripts/bench/run.py --list",
     "python scripts/bench/run.py codec --quick --json codec.json",
     "python scripts/kernel_instructions.py --kernel zip_gemm_b16 --arch 90",
