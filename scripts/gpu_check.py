@@ -30,15 +30,14 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ("zip_gemm", "zip_moe", "tbe_decode", "training_gpu")
-QUICK_TESTS = ("test_tbe_decode.py", "test_zip_gemm.py", "test_zip_moe.py")
+QUICK_TESTS = ("test_tbe_decode.py", "test_zip_gemm.py", "test_zip_moe.py", "test_sorted_experts_grouped.py")
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis", "numpy")
-# The models whose weights stay packed on a GPU, and what these tests need besides.
-MODEL_TESTS = (
-    "tests/compression/test_packed.py",
-    "tests/compression/test_quantizer.py",
-    "tests/modeling/test_execution.py::test_flex_attention_trains_as_sdpa_on_a_gpu",
-)
-NEEDED_BY_MODEL_TESTS = ("transformers", "safetensors", "xxhash", "zstandard", "tqdm")
+# Tests of whole models on a GPU, and what each file needs besides.
+MODEL_TESTS = {
+    "tests/compression/test_packed.py": ("transformers", "safetensors", "xxhash", "zstandard", "tqdm"),
+    "tests/compression/test_quantizer.py": ("transformers", "safetensors", "xxhash", "zstandard", "tqdm"),
+    "tests/modeling/test_training_on_gpu.py": ("transformers", "einops", "jinja2", "PIL", "regex", "tqdm"),
+}
 NEEDED_BY_BENCHMARKS = ("numpy", "safetensors", "tqdm")
 # What a benchmark needs besides.
 NEEDED_BY = {
@@ -111,10 +110,11 @@ def run_tests(found: Found, device: str, quick: bool, seconds: float) -> None:
     # The offline compilation needs no GPU and runs on every change; it would only take time here.
     whole = ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]
     command = [sys.executable, "-m", "pytest", *(files if quick else whole), "-q", "-p", "no:cacheprovider"]
-    if absent := missing(NEEDED_BY_MODEL_TESTS):
-        found.skip(f"tests of whole models: {', '.join(absent)} not installed")
-    elif not quick:
-        command += MODEL_TESTS
+    for file, needed in () if quick else MODEL_TESTS.items():
+        if absent := missing(needed):
+            found.skip(f"{file}: {', '.join(absent)} not installed")
+        else:
+            command.append(file)
     with tempfile.TemporaryFile("w+") as output:
         try:
             code = subprocess.run(
@@ -234,7 +234,10 @@ def report(found: Found, facts: dict[str, str], today: str) -> str:
     if found.rows:
         from bench import common
 
-        lines += ["In brackets: ours relative to the peer, above 1 is better. Medians of CUDA graph replays.", ""]
+        lines += [
+            "In brackets: ours relative to the peer, above 1 is better. Medians; kernels as CUDA graph replays.",
+            "",
+        ]
         for benchmark in BENCHMARKS:
             rows = [row for name, row in found.rows if name == benchmark]
             lines += [f"## {benchmark}", "", "```", common.table(rows), "```", ""] if rows else []

@@ -71,7 +71,7 @@ def compute_dtype() -> torch.dtype:
 def choose_experts_back_end(model: ErnieElasticForCausalLM, name: str = "auto") -> None:
     """Set the back end of the experts: "eager" (the per-expert loop, the definition), "grouped_mm", "sorted_experts".
 
-    auto is sorted_experts on a CPU, grouped_mm on a GPU, and sorted_experts on one of compute capability 10 or more,
+    auto is sorted_experts on a CPU, grouped_mm on a GPU, and sorted_experts on one of compute capability 10 or 11,
     where torch's grouped product leaves the gradients of experts without tokens unwritten (its issue 172439); it is
     logged. Raises ConfigError for another name.
     """
@@ -80,7 +80,7 @@ def choose_experts_back_end(model: ErnieElasticForCausalLM, name: str = "auto") 
     if name == "auto":
         name, why = "sorted_experts", "the faster one on CPUs"
         if torch.cuda.is_available():
-            wrong = torch.cuda.get_device_capability() >= (10, 0)
+            wrong = torch.cuda.get_device_capability()[0] in (10, 11)
             why = "grouped_mm is wrong for experts without tokens here" if wrong else "the usual one on GPUs"
             name = "sorted_experts" if wrong else "grouped_mm"
         log.info("experts: auto is %s, %s", name, why)

@@ -112,7 +112,12 @@ class TorchEngine(Engine):
         for name, tensor in self._state().items():
             tensor.copy_(state["model"][name])
         self.masters.publish()
+        # Which form of the optimizer runs is a matter of this machine, not of the one that wrote the state.
+        names = ("foreach", "fused")
+        forms = [{name: group[name] for name in names if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, form in zip(self.optimizer.param_groups, forms, strict=True):
+            group.update(form)
         if self.experts is not None:
             self.experts.load(directory)
 

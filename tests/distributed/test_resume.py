@@ -11,6 +11,7 @@ from ernie_elastic.errors import CheckpointError
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.engine import TorchEngine
 from ernie_elastic.training.engine_state import saved_ranks
+from ernie_elastic.training.engine_torch import STATE_FILE
 from tests.distributed.running import train
 from tests.modeling.common import tiny_model
 
@@ -97,3 +98,16 @@ def test_a_state_of_another_engine_is_refused(table, message, tmp_path):
     (tmp_path / "engine.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no engine\.json"):
         engine.load_state(tmp_path)
+
+
+def test_the_form_of_the_optimizer_is_this_machines_not_the_states(tmp_path):
+    engine = TorchEngine(tiny_model(), TrainingConfig(engine="torch"))
+    engine.save_state(tmp_path)
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"fused": True, "foreach": False, "weight_decay": 0.25}  # as a GPU would have written it
+    torch.save(state, tmp_path / STATE_FILE)
+    engine.load_state(tmp_path)
+    groups = engine.optimizer.param_groups
+    assert [(group["fused"], group["foreach"]) for group in groups] == [(False, True)] * len(groups)
+    assert all(group["weight_decay"] == 0.25 for group in groups), "what is of the run comes from the state"

@@ -75,10 +75,10 @@ def test_swiglu_is_right_at_every_size_and_keeps_nan(device: torch.device) -> No
     wanted = nn.functional.silu(exact) * 2 * weight[:, None]
     wanted.backward(torch.ones_like(wanted))
     active = weighted_swiglu(fused, weight)
-    torch.testing.assert_close(active.double(), wanted, rtol=1e-6, atol=1e-34, equal_nan=True)
+    torch.testing.assert_close(active.double(), wanted, rtol=1e-5, atol=1e-34, equal_nan=True)
     grad, weight_grad = torch.ones_like(gate), torch.empty(2, device=device)
     fused_grad = weighted_swiglu_backward(fused, weight, grad, weight_grad)
-    assert torch.equal(grad, active) or torch.allclose(grad, active, rtol=1e-6, equal_nan=True)
+    assert torch.allclose(grad, active, rtol=1e-5, equal_nan=True)
     finite = gate.isfinite() & (gate.abs() < 1e37)
     got, expected = fused_grad[:, : gate.shape[1]].double()[finite], exact.grad[finite]  # type: ignore[index]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -140,6 +140,12 @@ def test_what_it_cannot_run_is_named_and_auto_goes_elsewhere(device: torch.devic
     across = gate_up.detach().transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ConfigError, match="not contiguous"):
         sorted_experts(hidden, across, down, ids, weights, backend="grouped")
+    shifted = torch.empty(gate_up.numel() + 1).to(gate_up)[1:].view_as(gate_up)
+    with pytest.raises(ConfigError, match="do not begin at multiples of 16 bytes"):
+        sorted_experts(hidden, shifted, down, ids, weights, backend="grouped")
+    many = torch.zeros(1024, 16, 8).to(gate_up), torch.zeros(1024, 8, 8).to(down)
+    with pytest.raises(ConfigError, match="1024 experts, torch's grouped product takes 1023"):
+        sorted_experts(hidden, *many, ids, weights, backend="grouped")
     wide = [leaf.detach().double() for leaf in (hidden, gate_up, down)]
     with pytest.raises(ConfigError, match=r"float32|bfloat16"):
         sorted_experts(*wide, ids, weights, backend="grouped")

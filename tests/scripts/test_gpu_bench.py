@@ -97,6 +97,7 @@ def test_wrong_experts_are_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch
 def training(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """bench.training_gpu at a size and with back ends that a CPU trains."""
     module = bench("training_gpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # it is set for the engine
     monkeypatch.setattr(module, "VARIANTS", {"ours": ("sdpa", "sorted_experts"), "grouped_mm": ("sdpa", "grouped_mm")})
     model = dataclasses.replace(
         module.SMALL.model, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -108,13 +109,28 @@ def training(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_training_rows(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     speed, use = training.run(True)
-    assert speed.case == "tiny, 256 tokens a step" and use.case == "tiny, 256 tokens a step: MFU"
+    case = "tiny, 256 tokens a step, sdpa and sorted_experts"
+    assert speed.case == case and use.case == f"{case}: MFU"
     for row in (speed, use):
         assert set(row.theirs) == {"transformers", "grouped_mm"} < set(training.PEERS) and row.ours > 0
     assert use.ratio == pytest.approx(speed.ratio) and speed.unit == "tokens/s" and use.unit == "%"
     monkeypatch.setattr(training.Ernie4_5_MoeForCausalLM, "forward", lambda *a, **k: SimpleNamespace(loss=2 * nothing))
     nothing = torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match=r"transformers: the first loss is 2\.000, not about 6\.238"):
+        training.run(True)
+
+
+def test_a_variant_that_cannot_run_is_left_out_aloud(
+    training: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # FlexAttention has no backward on a CPU: as a compiler that fails on a GPU.
+    variants = {"ours": ("flex_attention", "sorted_experts"), "sdpa": ("sdpa", "sorted_experts")}
+    monkeypatch.setattr(training, "VARIANTS", variants)
+    speed, _ = training.run(True)
+    assert "training_gpu: peer ours is left out: NotImplementedError: FlexAttention" in capsys.readouterr().err
+    assert speed.case == "tiny, 256 tokens a step, sdpa and sorted_experts" and set(speed.theirs) == {"transformers"}
+    monkeypatch.setattr(training, "VARIANTS", {"ours": variants["ours"]})
+    with pytest.raises(RuntimeError, match="none of our variants"):
         training.run(True)
 
 

@@ -138,10 +138,15 @@ def test_tests_that_fail_hang_or_cannot_run_are_told_apart(check: Any, monkeypat
     assert results["hang"].tests == "stopped after 50 s" and "stopped after 50 s" in results["hang"].problems[0]
     assert "tests/kernels/test_zip_gemm.py" in commands[0] and "tests/kernels" in commands[1]
     assert "tests/compression/test_packed.py" in commands[1] and "tests/compression/test_packed.py" not in commands[0]
+    monkeypatch.setattr(check, "MODEL_TESTS", {"tests/a.py": ("no_such_module",), "tests/b.py": ()})
+    outcome = 0
+    found = check.Found()
+    check.run_tests(found, "cuda:1", False, 50.0)
+    assert found.skipped == ["tests/a.py: no_such_module not installed"] and commands[-1][-1] == "tests/b.py"
     monkeypatch.setattr(check, "NEEDED_BY_TESTS", ("no_such_module",))
     found = check.Found()
     check.run_tests(found, "cuda", True, 50.0)
-    assert found.skipped == ["kernel tests: no_such_module not installed"] and len(commands) == 3
+    assert found.skipped == ["kernel tests: no_such_module not installed"] and len(commands) == 4
     monkeypatch.setattr(check, "NEEDED_BY_BENCHMARKS", ("no_such_module",))
     check.measure(found, True, check.Clock(1.0), lambda: None)
     assert found.skipped[-1] == "benchmarks: no_such_module not installed"

@@ -1,12 +1,14 @@
 """Ranks that start in a moment: forked from a server that has imported torch, Transformers and DeepSpeed already.
 
 A fresh interpreter takes 6 seconds of a core to import them, most of the time of a short run. Tests of launchers, of
-kills and of what a command prints start real interpreters instead.
+kills and of what a command prints start real interpreters instead. The ranks see no GPU: DeepSpeed looks for one when
+it is imported, and a process forked after that cannot use it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
@@ -17,10 +19,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.pretrain_runs import free_port
 
 LIMIT_S = 280
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["deepspeed", "ernie_elastic.pipeline.pretrain", "tests.modeling.common"])
 
@@ -30,7 +35,8 @@ def launch(ranks: int, script: Path, *arguments: str) -> CompletedProcess[str]:
 
     The first rank that fails ends the others. AssertionError after LIMIT_S seconds.
     """
-    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    _start_server()
+    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **NO_GPU}
     if ranks > 1:
         shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +56,14 @@ def launch(ranks: int, script: Path, *arguments: str) -> CompletedProcess[str]:
                 process.kill()
                 process.join(30)
         return CompletedProcess([str(script), *arguments], code, "", log.read_text())
+
+
+def _start_server() -> None:
+    """Start the server that ranks are forked from, unless it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NO_GPU.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
 
 
 def _run(script: Path, arguments: Sequence[str], variables: dict[str, str], log: Path) -> None:

@@ -1,8 +1,9 @@
 """torch_impl's functions for GPUs: torch's grouped products, and Triton kernels for what lies between them.
 
 Against Transformers' grouped path: the combine weight is applied to I numbers of a pair instead of H, nothing is
-brought back to the tokens' order before it is added up, and no step waits for the host. Contract: gradients of experts
-without a pair are exactly zero, also where the grouped product leaves them unwritten (seen by others on sm_100).
+brought back to the tokens' order before it is added up, and no step of ours waits for the host (torch's product does,
+but on sm_90 and sm_10x). Contract: gradients of experts without a pair are exactly zero, also where the grouped product
+leaves them unwritten (seen by others on sm_100).
 
 Letters: N tokens, K chosen, S = N * K pairs sorted by expert, E experts, H hidden, I width.
 """
@@ -17,7 +18,8 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.kernels.sorted_experts.torch_impl import Order, Target, invert, reduce_pairs
 from ernie_elastic.kernels.triton_backend import triton_problem
 
-ALIGNMENT = 16  # bytes that the strides of a grouped product are multiples of
+ALIGNMENT = 16  # bytes that the strides and addresses of a grouped product are multiples of
+MAX_EXPERTS = 1023  # groups that torch's kernels take
 
 
 def problem(hidden_NH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> str | None:
@@ -27,12 +29,19 @@ def problem(hidden_NH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> str | 
         return missing
     if hidden_NH.is_cuda and hidden_NH.dtype != torch.bfloat16:
         return f"torch's grouped product takes bfloat16 on a GPU, these are {hidden_NH.dtype}"
+    if hidden_NH.is_cuda and torch.cuda.get_device_capability(hidden_NH.device) < (8, 0):
+        return "torch's grouped product needs compute capability 8.0"
+    if gate_up_E2IH.shape[0] > MAX_EXPERTS:
+        return f"{gate_up_E2IH.shape[0]} experts, torch's grouped product takes {MAX_EXPERTS}"
     if hidden_NH.dtype == torch.float64:
         return "the kernels compute in float32"
     width = down_EHI.shape[2]
     if any(size * hidden_NH.element_size() % ALIGNMENT for size in (hidden_NH.shape[1], width)):
         return f"rows of {hidden_NH.shape[1]} and {width} numbers are no multiples of {ALIGNMENT} bytes"
-    return None if all(tensor.is_contiguous() for tensor in tensors[1:]) else "the projections are not contiguous"
+    if not all(tensor.is_contiguous() for tensor in tensors[1:]):
+        return "the projections are not contiguous"
+    aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors[1:])
+    return None if aligned else f"the projections do not begin at multiples of {ALIGNMENT} bytes"
 
 
 def sort_pairs(ids_NK: Tensor, num_experts: int) -> Order:
