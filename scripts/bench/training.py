@@ -10,6 +10,8 @@ Documents are random, of the seven kinds that the demo judges; one process, plai
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +81,25 @@ def packed(items: list[Document]) -> PackedBatch:
     return collate([[items[i] for i in row] for row in rows], ROW_LENGTH)
 
 
+def in_pairs(
+    step: Callable[[SubModelSpec], Any], specs: list[SubModelSpec], full: SubModelSpec, rounds: int
+) -> dict[str, float]:
+    """Mean seconds of the specs' steps and of a full step beside each of them; medians over the rounds for each spec.
+
+    A full step follows or precedes every sampled one, so that a machine whose speed drifts slows both.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in specs] for name in ("elastic", "full")}
+    for turn in range(rounds + 1):
+        for place, spec in enumerate(specs):
+            pair = [("elastic", spec), ("full", full)]
+            for name, chosen in pair if (turn + place) % 2 else reversed(pair):
+                begun = time.perf_counter()
+                step(chosen)
+                if turn:  # the first round warms up
+                    seconds[name][place].append(time.perf_counter() - begun)
+    return {name: statistics.fmean(statistics.median(times) for times in places) for name, places in seconds.items()}
+
+
 def run(quick: bool) -> list[Row]:
     """All rows."""
     torch.manual_seed(0)
@@ -95,13 +116,7 @@ def run(quick: bool) -> list[Row]:
     repeats = 3 if quick else 12
     flops = StepFlops(config, ROW_LENGTH)
     share = sum(flops.per_position(spec) for spec in specs) / len(specs) / flops.per_position(full)
-    mean = interleave(
-        {
-            "elastic": lambda _: [step(batch, spec) for spec in specs],
-            "full": lambda _: [step(batch, full) for _ in specs],
-        },
-        1 if quick else 3,
-    )
+    mean = in_pairs(lambda spec: step(batch, spec), specs, full, 1 if quick else 4)
     distinct = sorted({spec for spec in specs if spec != full}, key=lambda spec: spec.label())
     reduced = interleave(
         {"reduced": lambda turn: step(batch, distinct[turn % len(distinct)]), "full": lambda _: step(batch, full)},
@@ -113,8 +128,8 @@ def run(quick: bool) -> list[Row]:
     rows = len(pack_lengths(lengths, ROW_LENGTH))
     return [
         Row(
-            f"mean of {len(specs)} sampled steps", mean["elastic"] / len(specs),
-            {"flop_share": share * mean["full"] / len(specs), "full_step": mean["full"] / len(specs)}, "s", False,
+            f"mean of {len(specs)} sampled steps", mean["elastic"],
+            {"flop_share": share * mean["full"], "full_step": mean["full"]}, "s", False,
         ),
         Row("a reduced step", reduced["reduced"], {"full_step": reduced["full"]}, "s", False),
         Row(

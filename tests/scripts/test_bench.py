@@ -285,3 +285,20 @@ def test_gpu_check_without_a_gpu_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("gpu_check: error: no usable GPU (")
     assert not (tmp_path / "out").exists()
+
+
+def test_pairs_of_steps_take_means_over_specs_of_medians_over_rounds(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = bench("training")
+    clock, calls = [0.0], []
+
+    def step(spec: str) -> None:
+        calls.append(spec)
+        disturbed = len(calls) < 5 or len(calls) == 9  # the first round, and one step of a later one
+        clock[0] += 100.0 if disturbed else {"a": 1.0, "b": 3.0, "full": 4.0}[spec]
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    assert training.in_pairs(step, ["a", "b"], "full", 3) == {"elastic": 2.0, "full": 4.0}
+    assert sorted(calls) == ["a"] * 4 + ["b"] * 4 + ["full"] * 8
+    assert calls[:4] == ["full", "a", "b", "full"], "neither side always comes first"
