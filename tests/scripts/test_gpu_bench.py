@@ -129,6 +129,13 @@ def test_a_variant_that_cannot_run_is_left_out_aloud(
     speed, _ = training.run(True)
     assert "training_gpu: peer ours is left out: NotImplementedError: FlexAttention" in capsys.readouterr().err
     assert speed.case == "tiny, 256 tokens a step, sdpa and sorted_experts" and set(speed.theirs) == {"transformers"}
+
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 99 GiB")
+
+    monkeypatch.setattr(training, "measure_theirs", too_large)
+    assert [row.theirs for row in training.run(True)] == [{}, {}]
+    assert "training_gpu: peer transformers is left out: out of memory" in capsys.readouterr().err
     monkeypatch.setattr(training, "VARIANTS", {"ours": variants["ours"]})
     with pytest.raises(RuntimeError, match="none of our variants"):
         training.run(True)
