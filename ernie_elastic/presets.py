@@ -6,19 +6,19 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ernie_elastic.data.augmentation import Augmentation, Flips
-from ernie_elastic.data.mixture import MixtureConfig
-from ernie_elastic.data.prepare import PrepareConfig
-from ernie_elastic.data.world_facts import WorldConfig
+from ernie_elastic.data.groups.augmentation import Augmentation, Flips
+from ernie_elastic.data.packed.mixture import MixtureConfig
+from ernie_elastic.data.prepare.stage import PrepareConfig
+from ernie_elastic.data.world.facts import WorldConfig
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling.sizes import ModelSizes
-from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizerConfig
+from ernie_elastic.tokenizer_training.train_on_world import TokenizerTrainingConfig
+from ernie_elastic.tokenizer_training.visual.patch import VisualTrainingConfig
+from ernie_elastic.tokenizers.visual.patch import PatchVisualTokenizerConfig
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.curriculum import paper_stages
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
-from ernie_elastic.training.tokenizer_visual_patch import VisualTrainingConfig
-from ernie_elastic.training.train_tokenizer import TokenizerTrainingConfig
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Records, packing, order, the embedded world and its checkers."""
+"""Records of any origin become packed rows: `sources`, `media`, `groups`, `packed`, `prepare`, the embedded `world`."""

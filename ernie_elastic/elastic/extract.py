@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from ernie_elastic.compression import is_compressed
 from ernie_elastic.elastic.importance import MASS_FILE, ExpertPolicy, choose_experts, measured_mass, stored_mass
 from ernie_elastic.elastic.space import LayerPolicy, choose_layers
 from ernie_elastic.errors import CheckpointError, ConfigError
+from ernie_elastic.generation.loading import load_model
+from ernie_elastic.model_directories import resolve_model_dir
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.loading import is_compressed, load_model, resolve_model_dir
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.stages import say, stage_output, write_json
 

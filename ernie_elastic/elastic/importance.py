@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file
 
-from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.data.shards import PackedCorpus
+from ernie_elastic.data.packed.loader import PackedLoader
+from ernie_elastic.data.packed.shards import PackedCorpus
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.schema import PackedBatch
 from ernie_elastic.stages import progress, read_manifest
 

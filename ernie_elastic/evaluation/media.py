@@ -10,7 +10,7 @@ import soundfile
 from PIL import Image
 
 from ernie_elastic.evaluation.tasks import TaskResult, accuracy_table, split_prompt
-from ernie_elastic.modeling.answer import Answer
+from ernie_elastic.generation.answer import Answer
 from ernie_elastic.schema import Segment
 from ernie_elastic.stages import write_json
 

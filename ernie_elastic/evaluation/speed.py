@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from ernie_elastic.compression import packed
+from ernie_elastic.generation.decoder import GroupDecoder, Sampling
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def decode_tokens_per_s(
 
 def _decode_text(model: ErnieElasticForCausalLM, num_tokens: int) -> float:
     """Seconds for so many steps after an empty document."""
-    from ernie_elastic.data.grouping import build_document
+    from ernie_elastic.data.groups.grouping import build_document
 
     layout = layout_of(model.config)
     decoder = GroupDecoder(model, layout, sampling=Sampling())

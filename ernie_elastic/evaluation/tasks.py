@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ernie_elastic.data import checkers
-from ernie_elastic.data.tokenise import Tokenizers
-from ernie_elastic.data.world import WorldConfig, world_sample
+from ernie_elastic.data.prepare.tokenise import Tokenizers
+from ernie_elastic.data.world import checkers
+from ernie_elastic.data.world.scenes import WorldConfig, world_sample
 from ernie_elastic.errors import ConfigError, DataError
+from ernie_elastic.generation.answer import Answer, GenerationMode, answer
+from ernie_elastic.generation.decoder import RoutingSink, Sampling
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.answer import Answer, GenerationMode, answer
-from ernie_elastic.modeling.generation import RoutingSink, Sampling
 from ernie_elastic.schema import JUDGED_TASKS, Sample, Segment, SubModelSpec
 from ernie_elastic.stages import progress
 

@@ -1,7 +1,7 @@
 """Expert parallelism over ranks: each rank holds a share of every layer's experts, tokens travel to them and back.
 
-An engine supplies the exchange (`training/expert_parallel.py`). Letters: N positions, K chosen, S = N * K pairs sent
-from here, M pairs received here, R ranks, E experts of the layer, e = E / R held here, H hidden.
+An engine supplies the exchange (`training/engines/expert_parallel.py`). Letters: N positions, K chosen, S = N * K pairs
+sent from here, M pairs received here, R ranks, E experts of the layer, e = E / R held here, H hidden.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The model: experts, decoder layer, stack with audio heads inside, Transformers entry and packed entry.
+"""The stack: experts, decoder layer, all layers with audio heads inside, and Transformers' entry to it.
 
 Letters: B rows, T positions, H hidden, N flattened positions, E experts, K chosen, I expert width, Q audio levels,
-V codes per level, S audio steps, D visual bits. The experts class and the model classes stay in one file: whether a
-back end may be chosen is decided by finding the literal decorator in the module of the model class.
+V codes per level, S audio steps. The causal model stands above, in `generation/causal_lm.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ernie_elastic.errors import ConfigError
@@ -28,15 +26,12 @@ from ernie_elastic.modeling.blocks import ErnieElasticMLP, MultiTokenPredictor
 from ernie_elastic.modeling.configuration import SHIM_MODULE, SHIM_TEXT, ErnieElasticConfig
 from ernie_elastic.modeling.expert_parallel import ExpertShard
 from ernie_elastic.modeling.heads import AudioIO, CodeSampler, VisualIO
-from ernie_elastic.modeling.inputs import SoundEncoder, embed_batch
-from ernie_elastic.modeling.masks import Places, SequenceMask
-from ernie_elastic.modeling.multimodal_generate import MultimodalGeneration
 from ernie_elastic.modeling.outputs import ErnieElasticModelOutput, StackOutput, router_loss
-from ernie_elastic.modeling.packed import PackedEntry
 from ernie_elastic.modeling.positions import Rotary, UniRotary, axis_of_pair, rotary_frequencies
 from ernie_elastic.modeling.router import ErnieElasticTopKRouter, orthogonal_loss, z_loss
+from ernie_elastic.modeling.sound import SoundEncoder
 from ernie_elastic.modeling.understanding import UnderstandingEncoder
-from ernie_elastic.schema import PackedBatch, RouterOutput, SubModelSpec
+from ernie_elastic.schema import RouterOutput, SubModelSpec
 
 
 @use_experts_implementation
@@ -162,6 +157,12 @@ class ErnieElasticPreTrainedModel(PreTrainedModel):
         "attentions": ErnieElasticAttention,
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012 - as above
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for the decorator of the experts class in the file of the model class; here it is always
+        in this file, and the causal model in another one."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -321,64 +322,3 @@ class ErnieElasticModel(ErnieElasticPreTrainedModel):
         if level + 1 < self.audio.num_levels:  # nothing reads the code of the last level
             flat = flat.index_add(0, index_S, self.audio.embed_level(codes_S, level).to(flat.dtype))
         return flat.view_as(hidden), logits
-
-
-class ErnieElasticForCausalLM(PackedEntry, MultimodalGeneration, ErnieElasticPreTrainedModel, GenerationMixin):
-    """The model with its text head (and, inside `model`, the heads of the other modalities)."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - Transformers' form
-
-    def __init__(self, config: ErnieElasticConfig) -> None:
-        super().__init__(config)
-        self.model = ErnieElasticModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        submodel: SubModelSpec | None = None,
-        packed: PackedBatch | None = None,
-        **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """Text entry, as every Transformers causal model: logits [B, T, vocab]; labels int64 [B, T] give the loss.
-
-        packed: prompts of every modality as the processor gives them, instead of ids, positions and masks.
-        """
-        if packed is not None:
-            inputs_embeds, input_ids = embed_batch(self.model, packed), None
-            position_ids = packed.position_BT3
-            attention_mask = SequenceMask(Places.of(packed), self.config.video_window).dense()
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            submodel=submodel,
-            **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            if output.router_loss is not None:
-                loss = loss + output.router_loss
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            router_logits=output.router_logits,
-        )

@@ -15,12 +15,12 @@ import torch
 from jinja2 import Environment
 from transformers import BatchFeature, ProcessorMixin
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokenise import Tokenizers, tokenise
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
+from ernie_elastic.data.prepare.tokenise import Tokenizers, tokenise
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.schema import TASKS, Sample, Segment
 
 PLACEHOLDERS = {"<|image|>": "image", "<|video|>": "video", "<|audio|>": "audio"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.data.prepare.tokenise import Tokenizers
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 
 

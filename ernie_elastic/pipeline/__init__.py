@@ -1,1 +1,1 @@
-"""The pipeline end to end: demo, doctor, routing."""
+"""The stages in a row: what each command runs, the demo, the study."""

@@ -30,7 +30,7 @@ def demo(
         ranks: processes to train with.
         seed: of tokenizers, data and training.
     """
-    from ernie_elastic.pipeline.demo import run_demo
+    from ernie_elastic.pipeline.demo.run import run_demo
 
     run_demo(size, run_dir, ranks, seed)
 
@@ -105,11 +105,11 @@ def prepare_data(
         preset: whose model will read the rows; it decides how long documents are.
         overwrite: replace `out` if it exists.
     """
-    from ernie_elastic.data.prepare import PrepareConfig
-    from ernie_elastic.data.prepare import prepare_data as prepare
-    from ernie_elastic.data.records import WORLD
-    from ernie_elastic.data.tokenise import Tokenizers, world_of
-    from ernie_elastic.modeling.generation import layout_of
+    from ernie_elastic.data.prepare.records import WORLD
+    from ernie_elastic.data.prepare.stage import PrepareConfig
+    from ernie_elastic.data.prepare.stage import prepare_data as prepare
+    from ernie_elastic.data.prepare.tokenise import Tokenizers, world_of
+    from ernie_elastic.modeling.document_layout import layout_of
     from ernie_elastic.presets import PRESETS
 
     loaded = Tokenizers.load(tokenizers)
@@ -224,7 +224,7 @@ def compress(
     """
     from ernie_elastic.compression.codec import LAYOUT_FOR
     from ernie_elastic.compression.directory import compress_directory
-    from ernie_elastic.modeling.loading import resolve_model_dir
+    from ernie_elastic.model_directories import resolve_model_dir
 
     compress_directory(resolve_model_dir(source), out, layout=layout or LAYOUT_FOR[purpose], overwrite=overwrite)
 
@@ -370,7 +370,7 @@ def study(
         tokenizers: directory that holds text/, visual/ and audio/ (default: they are trained).
         steps: optimizer steps of every arm (default: 240, or 4); more of them read more records.
     """
-    from ernie_elastic.pipeline.study_elastic import run_study
+    from ernie_elastic.pipeline.study.elastic import run_study
 
     run_study(size, out, tuple(range(seeds)), workers, arms, tokenizers, steps)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ernie_elastic.data.tokenise import world_of
+from ernie_elastic.data.prepare.tokenise import world_of
 from ernie_elastic.evaluation.media import write_results
 from ernie_elastic.evaluation.tasks import EvaluationConfig, TaskResult, evaluate
-from ernie_elastic.modeling.loading import load_model, load_tokenizers, resolve_model_dir
+from ernie_elastic.generation.loading import load_model, load_tokenizers
+from ernie_elastic.model_directories import resolve_model_dir
 from ernie_elastic.stages import say, stage_output
 
 STAGE = "evaluate"

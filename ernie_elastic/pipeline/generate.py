@@ -8,12 +8,12 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from ernie_elastic.data.decoding import fit_frames, fit_image, read_audio, read_image, read_video
-from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.data.media.decoding import fit_frames, fit_image, read_audio, read_image, read_video
+from ernie_elastic.data.prepare.tokenise import Tokenizers
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
-from ernie_elastic.modeling.answer import GenerationMode, answer
-from ernie_elastic.modeling.generation import Sampling
-from ernie_elastic.modeling.loading import load_model, load_tokenizers
+from ernie_elastic.generation.answer import GenerationMode, answer
+from ernie_elastic.generation.decoder import Sampling
+from ernie_elastic.generation.loading import load_model, load_tokenizers
 from ernie_elastic.modeling.refiner import Refiner
 from ernie_elastic.schema import Segment
 from ernie_elastic.stages import disk_error, say

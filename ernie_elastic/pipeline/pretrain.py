@@ -8,15 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ernie_elastic.data.prepare import STAGE as PACKED_STAGE
-from ernie_elastic.data.prepare import prepare_data
-from ernie_elastic.data.tokenise import TOKENIZER_NAMES, Tokenizers
+from ernie_elastic.data.packed.shards import STAGE as PACKED_STAGE
+from ernie_elastic.data.prepare.stage import prepare_data
+from ernie_elastic.data.prepare.tokenise import TOKENIZER_NAMES, Tokenizers
 from ernie_elastic.errors import CheckpointError, ConfigError
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.presets import PRESETS, RunConfig
 from ernie_elastic.stages import fingerprint, is_main_process, read_manifest, say
+from ernie_elastic.tokenizer_training.train_on_world import train_tokenizer
 from ernie_elastic.training.loop import pretrain
-from ernie_elastic.training.train_tokenizer import train_tokenizer
 
 WAIT_LIMIT = timedelta(hours=6)
 

@@ -13,8 +13,9 @@ from ernie_elastic.analysis.report import write_report
 from ernie_elastic.analysis.trace import RoutingTrace, TraceHeader, save_trace
 from ernie_elastic.elastic.importance import packed_rows
 from ernie_elastic.errors import ConfigError
+from ernie_elastic.generation.loading import load_model
+from ernie_elastic.model_directories import resolve_model_dir
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.loading import load_model, resolve_model_dir
 from ernie_elastic.schema import TASKS
 from ernie_elastic.stages import MANIFEST_NAME, progress, say
 

@@ -38,7 +38,7 @@ def train_small(
     import dataclasses
 
     from ernie_elastic.presets import debug, demo
-    from ernie_elastic.training.train_tokenizer import train_tokenizer as train
+    from ernie_elastic.tokenizer_training.train_on_world import train_tokenizer as train
 
     config = debug().tokenizers if size == "smoke" else demo().tokenizers
     train(kind, out, dataclasses.replace(config, seed=seed), overwrite=overwrite)
@@ -64,7 +64,7 @@ def import_audio_codec(source: Path, out: Path, num_levels: int | None, overwrit
     levels that the model has not.
     """
     from ernie_elastic.stages import say, stage_output
-    from ernie_elastic.tokenizers.audio_adapters import adapter_from_directory
+    from ernie_elastic.tokenizers.audio.adapters import adapter_from_directory
 
     tokenizer = adapter_from_directory(source, num_levels)
     settings = {"kind": "audio", "source": str(source), "num_levels": tokenizer.num_levels}
@@ -112,28 +112,28 @@ Train = Callable[[Any, Path, bool], Any]
 
 
 def _text() -> tuple[Any, Train]:
-    from ernie_elastic.training.tokenizer_text_data import TextRun, train_text_on_data
+    from ernie_elastic.tokenizer_training.text.on_data import TextRun, train_text_on_data
 
     return TextRun, train_text_on_data
 
 
 def _visual() -> tuple[Any, Train]:
-    from ernie_elastic.training.recipe_visual import VisualRecipe, VisualRun
-    from ernie_elastic.training.train_on_data import train_on_data
+    from ernie_elastic.tokenizer_training.train_on_data import train_on_data
+    from ernie_elastic.tokenizer_training.visual.recipe import VisualRecipe, VisualRun
 
     return VisualRun, lambda run, out, overwrite: train_on_data(VisualRecipe(run), run, out, overwrite)
 
 
 def _audio() -> tuple[Any, Train]:
-    from ernie_elastic.training.recipe_audio import AudioRecipe, AudioRun
-    from ernie_elastic.training.train_on_data import train_on_data
+    from ernie_elastic.tokenizer_training.audio.recipe import AudioRecipe, AudioRun
+    from ernie_elastic.tokenizer_training.train_on_data import train_on_data
 
     return AudioRun, lambda run, out, overwrite: train_on_data(AudioRecipe(run), run, out, overwrite)
 
 
 def _refiner() -> tuple[Any, Train]:
-    from ernie_elastic.training.recipe_refiner import RefinerRecipe, RefinerRun
-    from ernie_elastic.training.train_on_data import train_on_data
+    from ernie_elastic.tokenizer_training.refiner.recipe import RefinerRecipe, RefinerRun
+    from ernie_elastic.tokenizer_training.train_on_data import train_on_data
 
     return RefinerRun, lambda run, out, overwrite: train_on_data(RefinerRecipe(run), run, out, overwrite)
 

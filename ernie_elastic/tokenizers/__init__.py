@@ -1,1 +1,1 @@
-"""Media and text to discrete tokens and back; trained in `training/tokenizer_*`."""
+"""Media and text to discrete tokens and back: `text`, `visual`, `audio`; trained in `tokenizer_training/`."""

@@ -1,1 +1,1 @@
-"""Trains the backbone (DeepSpeed over torchrun) and the tokenizers."""
+"""Pretrains the backbone: the loop, its losses, schedules and record; `engines`, `checkpoints`, `guards`."""

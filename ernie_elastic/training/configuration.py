@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ernie_elastic.data.augmentation import Augmentation
+from ernie_elastic.data.groups.augmentation import Augmentation
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.training.curriculum import TrainingStage
+from ernie_elastic.training.guards.spikes import SpikeConfig
 from ernie_elastic.training.losses import LossWeights, PosteriorWeights
 from ernie_elastic.training.schedules import Schedule
-from ernie_elastic.training.spikes import SpikeConfig
 
 
 @dataclass(frozen=True)

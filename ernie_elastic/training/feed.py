@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ernie_elastic.data.loader import PackedLoader
+from ernie_elastic.data.packed.loader import PackedLoader
 from ernie_elastic.schema import PackedBatch
 
 

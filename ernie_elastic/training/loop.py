@@ -11,30 +11,33 @@ from typing import Any
 
 import torch
 
-from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.data.mixture import MixtureConfig, PackedMixture, open_packed
-from ernie_elastic.data.shards import PackedCorpus
-from ernie_elastic.data.tokenise import Tokenizers
-from ernie_elastic.data.tokenizer_service import tokenizers_hash
+from ernie_elastic.data.packed.loader import PackedLoader
+from ernie_elastic.data.packed.mixture import MixtureConfig, PackedMixture, open_packed
+from ernie_elastic.data.packed.shards import PackedCorpus
+from ernie_elastic.data.prepare.tokenise import Tokenizers
+from ernie_elastic.data.prepare.tokenizer_service import tokenizers_hash
 from ernie_elastic.elastic.sampler import sample_specs
 from ernie_elastic.elastic.space import ElasticConfig, check_space
 from ernie_elastic.errors import TrainingError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import choose_attention, choose_experts_back_end
+from ernie_elastic.modeling.back_ends import choose_attention, choose_experts_back_end
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.modeling.positions import set_rope_base
 from ernie_elastic.stages import progress, say
 from ernie_elastic.training.accumulation import one_or_all
 from ernie_elastic.training.balance import RoutingLedger, update_bias
-from ernie_elastic.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint
-from ernie_elastic.training.checkpoint_writer import CheckpointWriter
+from ernie_elastic.training.checkpoints.checkpoint import TrainerState, latest_checkpoint, load_checkpoint
+from ernie_elastic.training.checkpoints.same_run import check_same_run, only_process
+from ernie_elastic.training.checkpoints.writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.curriculum import Curriculum, StepPlan
-from ernie_elastic.training.engine import Engine, make_engine, seed_everything
+from ernie_elastic.training.engines.choice import Engine, make_engine, seed_everything
 from ernie_elastic.training.feed import Feed
 from ernie_elastic.training.flops import StepFlops, device_peak
-from ernie_elastic.training.guard import StepGuard
+from ernie_elastic.training.guards.skip import StepGuard
+from ernie_elastic.training.guards.spikes import Rollback, Rollbacks, SpikeWatch
+from ernie_elastic.training.guards.watch import RankWatch
 from ernie_elastic.training.losses import LossBalance
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.ranks import all_reduce_sum, barrier, rank, shut_down, world_size
@@ -47,9 +50,6 @@ from ernie_elastic.training.record import (
     setup_line,
     spec_record,
 )
-from ernie_elastic.training.same_run import check_same_run, only_process
-from ernie_elastic.training.spikes import Rollback, Rollbacks, SpikeWatch
-from ernie_elastic.training.watch import RankWatch
 
 log = logging.getLogger(__name__)
 

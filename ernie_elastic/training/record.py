@@ -15,7 +15,7 @@ from ernie_elastic.modeling.losses import LOSSES
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.training.balance import load_max_over_mean, routers
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import Engine, MicroResult
+from ernie_elastic.training.engines.choice import Engine, MicroResult
 from ernie_elastic.training.flops import Peak, StepFlops
 from ernie_elastic.training.ranks import world_size
 

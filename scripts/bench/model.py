@@ -21,14 +21,15 @@ import torch
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from bench.common import Row, interleave
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
+from ernie_elastic.generation.decoder import GroupDecoder, Sampling
+from ernie_elastic.generation.visual import decode_visual
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
-from ernie_elastic.modeling.generation_visual import decode_visual
+from ernie_elastic.modeling.back_ends import choose_experts_back_end
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.inputs import embed_batch
-from ernie_elastic.modeling.loading import choose_experts_back_end
 from ernie_elastic.modeling.masks import Places, SequenceMask
 
 PEERS = ("transformers_grouped", "transformers_loop", "experts_16", "recompute", "positions")
@@ -159,7 +160,7 @@ def _drawing_row(prompt_length: int, repeats: int) -> Row:
     model, layout = ErnieElasticForCausalLM(config).eval(), layout_of(config)
     choose_experts_back_end(model)
     text = Tokens("text", "input", ids=torch.randint(10, 1024, (prompt_length,)).numpy().astype("int32"))
-    prompt = build_document([text], layout, opener=layout.boi)
+    prompt = build_document([text], layout, opener=layout.special.boi)
     start = prompt_length + 2
     ends = [start + sum(h * w for h, w in SCALES[1 : scale + 1]) for scale in range(len(SCALES))]
 

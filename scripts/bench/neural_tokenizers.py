@@ -15,8 +15,8 @@ import torch
 from transformers import JanusVQVAE, JanusVQVAEConfig, MimiConfig, MimiModel
 
 from bench.common import Row, interleave
-from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizer, SeanetAudioTokenizerConfig
-from ernie_elastic.tokenizers.visual_conv import ConvVisualTokenizer, conv_visual_config
+from ernie_elastic.tokenizers.audio.seanet import SeanetAudioTokenizer, SeanetAudioTokenizerConfig
+from ernie_elastic.tokenizers.visual.conv import ConvVisualTokenizer, conv_visual_config
 
 SIDE = 256  # pixels
 SECONDS = 10.0  # of sound

@@ -31,11 +31,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from bench import neural_tokenizers
 from bench.common import Row, interleave, skip_peer
 from ernie_elastic import presets
-from ernie_elastic.tokenizers.audio import AudioTokenizer
-from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
-from ernie_elastic.tokenizers.text import SPECIAL_TEXTS, TextTokenizer
-from ernie_elastic.tokenizers.text_bpe import PATTERN
-from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
+from ernie_elastic.tokenizers.audio.base import AudioTokenizer
+from ernie_elastic.tokenizers.audio.spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
+from ernie_elastic.tokenizers.text.bpe import PATTERN
+from ernie_elastic.tokenizers.text.special import SPECIAL_TEXTS
+from ernie_elastic.tokenizers.text.tokenizer import TextTokenizer
+from ernie_elastic.tokenizers.visual.patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 PEERS = ("utf8_bpe", "transformers_janus", "transformers_mimi")
 Coder = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]

@@ -20,17 +20,17 @@ import torch
 
 from bench.common import Row, interleave
 from bench.training_runs import checkpoint_rows, run_rows
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.layout import Document, Layout
-from ernie_elastic.data.packing import collate, pack_lengths
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.layout import Document, Layout
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate, pack_lengths
 from ernie_elastic.elastic.sampler import sample_spec
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.schema import PackedBatch, SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine
+from ernie_elastic.training.engines.choice import TorchEngine
 from ernie_elastic.training.flops import StepFlops
 
 PEERS = ("full_step", "flop_share", "padded", "at_once", "one_rank", "one_rank_two_threads", "step")

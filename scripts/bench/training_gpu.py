@@ -24,18 +24,18 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from bench import gpu
 from bench.common import Row, interleave, skip_peer
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.sizes import ModelSizes
 from ernie_elastic.presets import ablation_3b, small
 from ernie_elastic.schema import PackedBatch
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine, make_optimizer
+from ernie_elastic.training.engines.choice import TorchEngine, make_optimizer
+from ernie_elastic.training.engines.masters import keep_masters
 from ernie_elastic.training.flops import StepFlops, device_peak
-from ernie_elastic.training.masters import keep_masters
 
 PEERS = ("transformers", "sdpa", "grouped_mm")
 # (attention, experts) of ours and of what one of the two gives.

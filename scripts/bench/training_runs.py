@@ -14,10 +14,10 @@ from typing import Any
 
 from bench.common import Row
 from ernie_elastic.training.balance import RoutingLedger
-from ernie_elastic.training.checkpoint import TrainerState
-from ernie_elastic.training.checkpoint_writer import CheckpointWriter
-from ernie_elastic.training.engine import TorchEngine
-from ernie_elastic.training.guard import StepGuard
+from ernie_elastic.training.checkpoints.checkpoint import TrainerState
+from ernie_elastic.training.checkpoints.writer import CheckpointWriter
+from ernie_elastic.training.engines.choice import TorchEngine
+from ernie_elastic.training.guards.skip import StepGuard
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights
 from ernie_elastic.training.metrics import read_metrics
 

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ernie_elastic.data.packing import collate
-from ernie_elastic.modeling.loading import choose_experts_back_end
+from ernie_elastic.data.packed.packing import collate
+from ernie_elastic.modeling.back_ends import choose_experts_back_end
 from ernie_elastic.schema import SubModelSpec
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine_base import LossModule
-from ernie_elastic.training.expert_parallel import ExpertParallel
+from ernie_elastic.training.engines.base import LossModule
+from ernie_elastic.training.engines.expert_parallel import ExpertParallel
 from ernie_elastic.training.ranks import group, rank, world_size
 from tests.distributed.train_worker import rows_of
 from tests.modeling.common import RICH, tiny_model

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.elastic.sampler import sample_specs
 from ernie_elastic.elastic.space import ElasticConfig
 from ernie_elastic.training.accumulation import one_or_all
 from ernie_elastic.training.balance import RoutingLedger, routers, update_bias
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import make_engine
+from ernie_elastic.training.engines.choice import make_engine
 from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.distributed.train_worker import rows_of
 from tests.modeling.common import RICH, tiny_model

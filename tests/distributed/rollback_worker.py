@@ -12,8 +12,8 @@ from unittest import mock
 from ernie_elastic.pipeline.pretrain import run_pretrain
 from ernie_elastic.presets import debug
 from ernie_elastic.training import loop
+from ernie_elastic.training.guards.spikes import SpikeConfig
 from ernie_elastic.training.record import mean_losses
-from ernie_elastic.training.spikes import SpikeConfig
 
 POISON = range(17, 19)  # units of data; two steps in a row are a spike
 STEPS = 30

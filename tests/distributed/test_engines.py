@@ -149,9 +149,9 @@ def test_bf16_steps_below_its_own_resolution_add_up_in_fp32_masters(options, ran
 
 
 def test_every_parameter_gets_a_gradient_whatever_the_batch_holds():
-    from ernie_elastic.data.grouping import build_document
-    from ernie_elastic.data.packing import collate
-    from ernie_elastic.modeling.generation import layout_of
+    from ernie_elastic.data.groups.grouping import build_document
+    from ernie_elastic.data.packed.packing import collate
+    from ernie_elastic.modeling.document_layout import layout_of
     from ernie_elastic.modeling.losses import modality_sums
     from ernie_elastic.schema import SubModelSpec
     from tests.modeling.common import random_parts

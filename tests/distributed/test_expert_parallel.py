@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.modeling.loading import load_model
+from ernie_elastic.generation.loading import load_model
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine
+from ernie_elastic.training.engines.choice import TorchEngine
 from tests.distributed import expert_worker
 from tests.distributed.running import assert_same, train
 from tests.modeling.common import tiny_model
@@ -108,7 +108,7 @@ def test_experts_are_split_over_all_ranks_or_none():
 
 
 def test_ranks_must_divide_the_experts(monkeypatch):
-    from ernie_elastic.training import expert_parallel
+    from ernie_elastic.training.engines import expert_parallel
 
     monkeypatch.setattr(expert_parallel, "world_size", lambda: 4)
     with pytest.raises(ConfigError, match="6 experts cannot be split over 4 ranks"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ernie_elastic.stages import sha256_file
-from ernie_elastic.training.checkpoint import checkpoint_problem, list_steps
+from ernie_elastic.training.checkpoints.checkpoint import checkpoint_problem, list_steps
 from tests.distributed.conftest import STEPS
 from tests.distributed.conftest import WHOLE as ARGUMENTS
 from tests.support import pretrain_runs as runs

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ernie_elastic.training.checkpoint import checkpoint_problem, latest_checkpoint, list_steps
+from ernie_elastic.training.checkpoints.checkpoint import checkpoint_problem, latest_checkpoint, list_steps
 from ernie_elastic.training.configuration import TrainingConfig
 from tests.support import pretrain_runs as runs
 

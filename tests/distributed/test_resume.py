@@ -9,9 +9,9 @@ import torch
 
 from ernie_elastic.errors import CheckpointError
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine
-from ernie_elastic.training.engine_state import saved_ranks
-from ernie_elastic.training.engine_torch import STATE_FILE
+from ernie_elastic.training.engines.choice import TorchEngine
+from ernie_elastic.training.engines.state import saved_ranks
+from ernie_elastic.training.engines.torch_engine import STATE_FILE
 from tests.distributed.running import train
 from tests.modeling.common import tiny_model
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ernie_elastic.data.loader import PackedLoader
-from ernie_elastic.data.mixture import MixtureConfig
-from ernie_elastic.data.prepare import prepare_data
-from ernie_elastic.data.tokenise import Tokenizers
+from ernie_elastic.data.packed.loader import PackedLoader
+from ernie_elastic.data.packed.mixture import MixtureConfig
+from ernie_elastic.data.prepare.stage import prepare_data
+from ernie_elastic.data.prepare.tokenise import Tokenizers
 from ernie_elastic.errors import CheckpointError, ConfigError, TrainingError
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.pipeline.pretrain import run_pretrain
 from ernie_elastic.presets import debug
 from ernie_elastic.training import loop
-from ernie_elastic.training.spikes import SpikeConfig
+from ernie_elastic.training.guards.spikes import SpikeConfig
 from tests.distributed import rollback_worker
 from tests.distributed.rollback_worker import STEPS
 from tests.support import pretrain_runs as runs

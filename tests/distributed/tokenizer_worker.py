@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from ernie_elastic.modeling.refiner import RefinerConfig
-from ernie_elastic.tokenizers.audio_seanet import SeanetAudioTokenizerConfig
-from ernie_elastic.tokenizers.residual_codebooks import CodebookConfig, ResidualCodebooks
-from ernie_elastic.tokenizers.visual_conv_config import conv_visual_config
+from ernie_elastic.tokenizer_training.audio.seanet import SeanetTrainee, SeanetTrainingConfig
+from ernie_elastic.tokenizer_training.refiner.train import RefinerTrainee, RefinerTrainingConfig
+from ernie_elastic.tokenizer_training.visual.conv import ConvVisualTrainee
+from ernie_elastic.tokenizer_training.visual.settings import ConvVisualTrainingConfig
+from ernie_elastic.tokenizers.audio.residual_codebooks import CodebookConfig, ResidualCodebooks
+from ernie_elastic.tokenizers.audio.seanet import SeanetAudioTokenizerConfig
+from ernie_elastic.tokenizers.visual.conv_config import conv_visual_config
 from ernie_elastic.training.ranks import group, rank, world_size
-from ernie_elastic.training.refiner import RefinerTrainee, RefinerTrainingConfig
-from ernie_elastic.training.tokenizer_audio_seanet import SeanetTrainee, SeanetTrainingConfig
-from ernie_elastic.training.tokenizer_visual_conv import ConvVisualTrainee
-from ernie_elastic.training.visual_conv_settings import ConvVisualTrainingConfig
 
 SOUNDS = 4  # of all ranks together
 LENGTH = 25

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.elastic.sampler import sample_spec
 from ernie_elastic.elastic.space import ElasticConfig
-from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import choose_experts_back_end
-from ernie_elastic.training import engine_deepspeed
+from ernie_elastic.modeling.back_ends import choose_experts_back_end
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.training.balance import RoutingLedger, routers, update_bias
-from ernie_elastic.training.checkpoint import TrainerState
-from ernie_elastic.training.checkpoint_writer import CheckpointWriter
+from ernie_elastic.training.checkpoints.checkpoint import TrainerState
+from ernie_elastic.training.checkpoints.writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import make_engine
-from ernie_elastic.training.guard import StepGuard
+from ernie_elastic.training.engines import deepspeed_engine as engine_deepspeed
+from ernie_elastic.training.engines.choice import make_engine
+from ernie_elastic.training.guards.skip import StepGuard
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights
 from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model

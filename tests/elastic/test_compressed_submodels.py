@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ernie_elastic.compression import compress_directory, model_bytes, resident_weight_bytes
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.elastic.extract import Request, extract_model, make_spec, save_model
+from ernie_elastic.generation.loading import load_model
 from ernie_elastic.modeling import ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import load_model
+from ernie_elastic.modeling.document_layout import layout_of
 from tests.modeling.common import DOCUMENTS, random_parts, tiny_config
 
 # Widths that are no multiples of 64, and odd numbers of experts below.

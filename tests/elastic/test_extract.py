@@ -7,15 +7,15 @@ import random
 import pytest
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.elastic.extract import Request, extract_model, make_spec, parameter_counts, without_audio
 from ernie_elastic.elastic.importance import choose_experts
 from ernie_elastic.elastic.sampler import sample_spec
 from ernie_elastic.elastic.search import Point, pareto, parse_bytes, spec_bytes
 from ernie_elastic.elastic.space import ElasticConfig, check_space, choose_layers, droppable_layers
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.schema import SubModelSpec
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_config, tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.tokens import Tokens
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
 
 # Every option that adds positions, inputs, parameters or rules.

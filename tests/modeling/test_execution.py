@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_elastic.data.augmentation import Augmentation
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.augmentation import Augmentation
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import choose_attention, choose_experts_back_end
+from ernie_elastic.modeling.back_ends import choose_attention, choose_experts_back_end
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.modeling.masks import Places, SequenceMask
 from ernie_elastic.modeling.model import ErnieElasticDecoderLayer

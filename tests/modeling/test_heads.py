@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.modeling.generation import GroupDecoder, Sampling, layout_of
-from ernie_elastic.modeling.generation_visual import decode_visual
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
+from ernie_elastic.generation.decoder import GroupDecoder, Sampling
+from ernie_elastic.generation.visual import decode_visual
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.heads import cell_in_scale
 from tests.modeling.common import random_parts, tiny_model
 
@@ -43,7 +44,7 @@ def test_rows_that_are_drawn_together_draw_what_they_draw_alone():
     torch.nn.init.normal_(model.model.visual.place_embed.weight)  # as strong as a trained one
     layout = layout_of(model.config)
     prompts = [
-        build_document(random_parts("text_to_image", seed, model.config)[:1], layout, opener=layout.boi)
+        build_document(random_parts("text_to_image", seed, model.config)[:1], layout, opener=layout.special.boi)
         for seed in (1, 2, 3)
     ]
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.modeling import ErnieElasticConfig, ErnieElasticForCausalLM
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import LOSSES, modality_sums
 from tests.modeling.common import SCALES
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_elastic.data.augmentation import Augmentation, Flips
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.augmentation import Augmentation, Flips
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.modeling.blocks import shift_left
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.inputs import embed_batch
 from ernie_elastic.modeling.masks import Places, SequenceMask, cached_mask, column_bounds, flex_mask_mod
 from ernie_elastic.modeling.positions import apply_rotary, axis_of_pair

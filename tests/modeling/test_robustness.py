@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_elastic.data.augmentation import Augmentation, Flips
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.layout import Document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.augmentation import Augmentation, Flips
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.layout import Document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.errors import DataError
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.schema import PackedBatch
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, random_tokens, tiny_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import modality_sums
 from ernie_elastic.schema import SubModelSpec
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model

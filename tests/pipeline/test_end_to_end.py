@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import MimiConfig, MimiModel
 
 from ernie_elastic import cli
-from ernie_elastic.data.world import WorldConfig, world_sample
+from ernie_elastic.data.world.scenes import WorldConfig, world_sample
 from ernie_elastic.presets import DEMO_WORLD
 from ernie_elastic.stages import read_manifest, sha256_file
 from tests.scripts.test_demo_seeds import made_up_summary
@@ -170,8 +170,8 @@ SPECS = [  # odd expert counts; the widths of the debug preset are no multiples 
 @pytest.mark.parametrize("flags", SPECS, ids=lambda flags: "".join(flags).replace("--", "-"))
 def test_compressed_gives_the_bits_of_its_source(folder, flags, tmp_path):
     from ernie_elastic.compression import PackedEmbedding, PackedLinear
-    from ernie_elastic.modeling.loading import load_model
-    from ernie_elastic.pipeline.demo import logits_bit_equal
+    from ernie_elastic.generation.loading import load_model
+    from ernie_elastic.pipeline.demo.run import logits_bit_equal
 
     cut, small = tmp_path / "cut", tmp_path / "small"
     assert cli.run("extract_submodel", "extract", [str(folder / "runs/debug"), *flags, "--out", str(cut)]) == 0
@@ -195,8 +195,8 @@ def error_line(capsys, *arguments: str, program: str = "ernie-elastic") -> str:
 
 
 def test_the_tokenizers_that_commands_made_are_whole(folder):
-    from ernie_elastic.tokenizers.audio import AudioTokenizer
-    from ernie_elastic.tokenizers.visual import VisualTokenizer
+    from ernie_elastic.tokenizers.audio.base import AudioTokenizer
+    from ernie_elastic.tokenizers.visual.base import VisualTokenizer
 
     for name in ("neural/text", "neural/visual", "neural/audio", "neural/audio-2", "refiner"):
         health = json.loads((folder / name / "health.json").read_text())

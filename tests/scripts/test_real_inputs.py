@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ernie_elastic.data.decoding import read_audio, read_image
+from ernie_elastic.data.media.decoding import read_audio, read_image
 from tests.support import ROOT
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from ernie_elastic.data.layout import Layout
-from ernie_elastic.data.tokenise import Tokenizers
-from ernie_elastic.tokenizers.audio_spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
-from ernie_elastic.tokenizers.text import TextTokenizer
-from ernie_elastic.tokenizers.visual_patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
+from ernie_elastic.data.groups.layout import Layout
+from ernie_elastic.data.prepare.tokenise import Tokenizers
+from ernie_elastic.tokenizers.audio.spectral import SpectralAudioTokenizer, SpectralAudioTokenizerConfig
+from ernie_elastic.tokenizers.text.special import SpecialTokens
+from ernie_elastic.tokenizers.text.tokenizer import TextTokenizer
+from ernie_elastic.tokenizers.visual.patch import PatchVisualTokenizer, PatchVisualTokenizerConfig
 
 WORDS = "a red circle above a blue square in the centre of the picture"
 
@@ -30,5 +31,6 @@ def save_tiny_tokenizers(directory: Path, seed: int = 0) -> Layout:
 def tiny_layout(directory: Path) -> Layout:
     """The layout of a model that reads the tokenizers below `directory`."""
     loaded = Tokenizers.load(directory)
-    return Layout(*range(9), quantizer=loaded.visual.quantizer, num_bits=20, num_levels=loaded.audio.num_levels,
+    special = SpecialTokens(0, *range(9))
+    return Layout(special, quantizer=loaded.visual.quantizer, num_bits=20, num_levels=loaded.audio.num_levels,
                   codebook_size=loaded.audio.codebook_size, understanding_grid=3)  # fmt: skip

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ernie_elastic.data.mixture import PackedMixture
+from ernie_elastic.data.packed.mixture import PackedMixture
 from ernie_elastic.errors import ConfigError
 from ernie_elastic.modeling.positions import rotary_frequencies, set_rope_base
 from ernie_elastic.presets import PRESETS

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ernie_elastic.data.augmentation import Augmentation, Flips
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.augmentation import Augmentation, Flips
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.elastic.sampler import sample_spec
 from ernie_elastic.elastic.space import ElasticConfig
-from ernie_elastic.modeling.generation import layout_of
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine
+from ernie_elastic.training.engines.choice import TorchEngine
 from ernie_elastic.training.losses import LossWeights
 from tests.modeling.common import DOCUMENTS, RICH, random_parts, tiny_model
 

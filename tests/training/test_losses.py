@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_elastic.data.augmentation import Augmentation, Flips
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
-from ernie_elastic.data.tokens import Tokens
+from ernie_elastic.data.groups.augmentation import Augmentation, Flips
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.groups.tokens import Tokens
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.modeling.generation import GroupDecoder, layout_of
-from ernie_elastic.modeling.generation_visual import decode_visual
+from ernie_elastic.generation.decoder import GroupDecoder
+from ernie_elastic.generation.visual import decode_visual
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.modeling.losses import LOSSES, modality_sums
 from ernie_elastic.training.configuration import TrainingConfig
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights
@@ -95,7 +96,7 @@ def test_a_model_on_few_bits_draws_with_few_bits():
     model = tiny_model(visual_active_bits=2)
     layout = layout_of(model.config)
     decoder = GroupDecoder(model, layout)
-    decoder.prefill([build_document([], layout, opener=layout.boi)])
+    decoder.prefill([build_document([], layout, opener=layout.special.boi)])
     (total,) = decode_visual(decoder, video=False)
     assert total[..., 2:].abs().max() == 0 and total[..., :2].abs().min() > 0
     with pytest.raises(ConfigError, match="visual_active_bits 9"):

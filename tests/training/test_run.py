@@ -9,20 +9,20 @@ import shutil
 import pytest
 import torch
 
-from ernie_elastic.data.grouping import build_document
-from ernie_elastic.data.packing import collate
+from ernie_elastic.data.groups.grouping import build_document
+from ernie_elastic.data.packed.packing import collate
 from ernie_elastic.errors import CheckpointError, ConfigError, TrainingError
-from ernie_elastic.modeling.generation import layout_of
-from ernie_elastic.modeling.loading import load_model
+from ernie_elastic.generation.loading import load_model
+from ernie_elastic.modeling.document_layout import layout_of
 from ernie_elastic.presets import PRESETS
 from ernie_elastic.schema import SubModelSpec
-from ernie_elastic.training import engine_base as engine_module
 from ernie_elastic.training.balance import RoutingLedger, load_max_over_mean, update_bias
-from ernie_elastic.training.checkpoint import TrainerState, checkpoint_problem, latest_checkpoint
-from ernie_elastic.training.checkpoint_writer import CheckpointWriter
+from ernie_elastic.training.checkpoints.checkpoint import TrainerState, checkpoint_problem, latest_checkpoint
+from ernie_elastic.training.checkpoints.writer import CheckpointWriter
 from ernie_elastic.training.configuration import TrainingConfig
-from ernie_elastic.training.engine import TorchEngine, deepspeed_config
-from ernie_elastic.training.guard import StepGuard
+from ernie_elastic.training.engines import base as engine_module
+from ernie_elastic.training.engines.choice import TorchEngine, deepspeed_config
+from ernie_elastic.training.guards.skip import StepGuard
 from ernie_elastic.training.losses import LossBalance, LossWeights, PosteriorWeights, combine
 from ernie_elastic.training.metrics import MetricsWriter
 from ernie_elastic.training.schedules import Schedule

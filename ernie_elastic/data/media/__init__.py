@@ -1,0 +1,1 @@
+"""Pictures, clips and sounds of files as arrays: decoding, resampling, degradation."""

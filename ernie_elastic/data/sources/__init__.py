@@ -1,0 +1,1 @@
+"""Where records come from: folders, saved datasets, Parquet, JSONL, CSV and tar files."""

@@ -1,0 +1,1 @@
+"""What elastic training costs and gives: runs side by side, and their report."""

@@ -1,0 +1,1 @@
+"""Trains the audio tokenizers: spectral and SEANet, their recipe and health."""

@@ -1,0 +1,1 @@
+"""Losses of reconstructions: spectral, perceptual, adversarial."""

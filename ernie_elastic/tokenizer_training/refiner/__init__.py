@@ -1,0 +1,1 @@
+"""Trains the refiner that makes decoded pictures larger and sharper."""

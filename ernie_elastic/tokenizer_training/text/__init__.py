@@ -1,0 +1,1 @@
+"""Learns a text vocabulary, from the embedded world or from data."""

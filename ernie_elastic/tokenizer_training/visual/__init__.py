@@ -1,0 +1,1 @@
+"""Trains the visual tokenizers: patch and convolutional, their recipe, settings and health."""
