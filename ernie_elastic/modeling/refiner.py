@@ -24,17 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
-from torch import nn
 
 from ernie_elastic.errors import CheckpointError, ConfigError, DataError
 from ernie_elastic.modeling.refiner_layers import Unet
-from ernie_elastic.stages import to_jsonable, write_atomic, write_json
-from ernie_elastic.tokenizers.saved import known_fields
+from ernie_elastic.tokenizers.saved import CONFIG_NAME, SavedModule, reading
 
 KIND = "refiner"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "refiner.safetensors"
 MAX_STEPS = 1000
 
 
@@ -82,8 +77,11 @@ class RefinerConfig:
             )
 
 
-class Refiner(nn.Module):
+class Refiner(SavedModule):
     """Makes pictures and frames larger, with detail that the low-resolution picture does not have."""
+
+    weights_name = "refiner.safetensors"
+    config_class = RefinerConfig
 
     def __init__(self, config: RefinerConfig) -> None:
         super().__init__()
@@ -201,19 +199,14 @@ class Refiner(nn.Module):
                 result[..., top : top + side, left : left + side] = inner
         return result
 
-    def save(self, directory: Path | str) -> None:
-        """Write `config.json` and `refiner.safetensors`; `load` gives back the same bits."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / CONFIG_NAME, {"kind": KIND, **to_jsonable(self.config)})
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_atomic(directory / WEIGHTS_NAME, save(tensors))
+    def _called(self) -> dict[str, str]:
+        return {"kind": KIND}
 
     @staticmethod
     def load(directory: Path | str) -> Refiner:
         """Read what `save` wrote. Raises CheckpointError when a file is missing or damaged, or of another kind."""
         directory = Path(directory)
-        try:
+        with reading(directory, KIND, KIND):
             fields: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
             if not isinstance(fields, dict) or fields.get("kind") != KIND:
                 found = fields.get("kind") if isinstance(fields, dict) else type(fields).__name__
@@ -221,18 +214,7 @@ class Refiner(nn.Module):
                     f"{directory / CONFIG_NAME} is no refiner's: kind is {found!r}, expected {KIND!r}; give the "
                     "directory that train-tokenizer refiner wrote"
                 )
-            refiner = Refiner(RefinerConfig(**known_fields(RefinerConfig, fields)))
-            refiner.load_state_dict(load((directory / WEIGHTS_NAME).read_bytes()))
-            return refiner.eval()
-        except CheckpointError:
-            raise
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename} does not exist; run train-tokenizer refiner") from error
-        except Exception as error:  # JSON, safetensors and torch each raise their own kind
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{directory} holds no whole refiner ({first}); run train-tokenizer refiner"
-            ) from error
+            return Refiner._read(directory, fields)
 
 
 def upsampled(pixels_NHW3: torch.Tensor, factor: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ernie_elastic.errors import CheckpointError, ConfigError
-from ernie_elastic.stages import to_jsonable, write_json
 from ernie_elastic.tokenizers.audio.base import AudioTokenizer, Wave
 from ernie_elastic.tokenizers.saved import CONFIG_NAME, Fields
 
@@ -132,10 +131,9 @@ class CodecAdapter(AudioTokenizer):
 
     def save(self, directory: Path | str) -> None:
         """Write the model below `model/`, then `config.json`; `AudioTokenizer.load` gives back the same codes."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(directory / MODEL_FOLDER)
-        write_json(directory / CONFIG_NAME, {"architecture": self.architecture, **to_jsonable(self.config)})
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(Path(directory) / MODEL_FOLDER)
+        self._write_config(directory)
 
     @classmethod
     def _read(cls, directory: Path, fields: Fields) -> Self:

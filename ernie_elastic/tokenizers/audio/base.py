@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ernie_elastic.errors import DataError
-from ernie_elastic.tokenizers.saved import load_saved, write_saved
+from ernie_elastic.tokenizers.saved import SavedModule, load_saved
 
 Wave = np.ndarray | torch.Tensor
 
@@ -31,15 +29,12 @@ ARCHITECTURES = {
 }
 
 
-class AudioTokenizer(nn.Module):
+class AudioTokenizer(SavedModule):
     """Residual codes of sound. A subclass has `config`, `encode_with_components` and `decode_batch`.
 
     config: a frozen dataclass with sample_rate (Hz), step_samples (samples of one step of codes), num_levels (Q),
     codebook_size (V) and num_components (C, width of the features before quantisation).
     """
-
-    architecture = ""
-    config: Any
 
     @property
     def num_levels(self) -> int:
@@ -102,10 +97,6 @@ class AudioTokenizer(nn.Module):
         if low < 0 or high >= self.codebook_size:
             raise DataError(f"audio tokenizer: codes {low}..{high} lie outside 0..{self.codebook_size - 1}")
         return codes_SQ
-
-    def save(self, directory: Path | str) -> None:
-        """Write `config.json` and `tokenizer.safetensors`; `load` gives back the same bits."""
-        write_saved(directory, self.architecture, self.config, self)
 
     @staticmethod
     def load(directory: Path | str) -> AudioTokenizer:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from torch import nn
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.audio.base import AudioTokenizer, Wave
 from ernie_elastic.tokenizers.audio.residual_codebooks import CodebookConfig, Quantised, ResidualCodebooks
-from ernie_elastic.tokenizers.saved import Fields, known_fields, read_weights
 from ernie_elastic.tokenizers.streaming_conv import (
     Causal,
     CausalConv1d,
@@ -110,6 +108,7 @@ class SeanetAudioTokenizer(AudioTokenizer):
     """Residual codes of sound by a neural codec. Its weights are random (from seed) until trained or loaded."""
 
     architecture = "seanet"
+    config_class = SeanetAudioTokenizerConfig
     config: SeanetAudioTokenizerConfig
 
     def __init__(self, config: SeanetAudioTokenizerConfig, seed: int = 0) -> None:
@@ -163,12 +162,6 @@ class SeanetAudioTokenizer(AudioTokenizer):
     def stream_decoder(self) -> SeanetStreamDecoder:
         """A fresh decoder of one sound whose codes come in pieces."""
         return SeanetStreamDecoder(self)
-
-    @classmethod
-    def _read(cls, directory: Path, fields: Fields) -> SeanetAudioTokenizer:
-        tokenizer = cls(SeanetAudioTokenizerConfig(**known_fields(SeanetAudioTokenizerConfig, fields)))
-        tokenizer.load_state_dict(read_weights(directory))
-        return tokenizer.eval()
 
 
 class SeanetStreamEncoder:

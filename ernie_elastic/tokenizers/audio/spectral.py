@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from ernie_elastic.errors import ConfigError
 from ernie_elastic.tokenizers.audio.base import AudioTokenizer, Wave
 from ernie_elastic.tokenizers.audio.spectra import Spectrum
 from ernie_elastic.tokenizers.quantizers import rvq_decode, rvq_encode
-from ernie_elastic.tokenizers.saved import Fields, known_fields, read_weights
 
 BATCH_STEPS = 2048  # steps that are transformed at once; bounds the memory of a long list of waves
 
@@ -73,6 +71,7 @@ class SpectralAudioTokenizer(AudioTokenizer):
     """Residual codes of sound. Its buffers are set by `training.tokenizer_audio_spectral` or `load`."""
 
     architecture = "spectral"
+    config_class = SpectralAudioTokenizerConfig
     config: SpectralAudioTokenizerConfig
     basis_FC: torch.Tensor
     codebooks_QVC: torch.Tensor
@@ -154,9 +153,3 @@ class SpectralAudioTokenizer(AudioTokenizer):
             size = max(1, BATCH_STEPS // max(1, length // unit))
             batches += [members[start : start + size] for start in range(0, len(members), size)]
         return batches
-
-    @classmethod
-    def _read(cls, directory: Path, fields: Fields) -> SpectralAudioTokenizer:
-        tokenizer = cls(SpectralAudioTokenizerConfig(**known_fields(SpectralAudioTokenizerConfig, fields)))
-        tokenizer.load_state_dict(read_weights(directory))
-        return tokenizer.eval()

@@ -11,15 +11,13 @@ Shape letters: N pictures, F frames, H/W pixels of a side, f latent frames, h/w 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ernie_elastic.errors import DataError
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
-from ernie_elastic.tokenizers.saved import load_saved, write_saved
+from ernie_elastic.tokenizers.saved import SavedModule, load_saved
 
 ARCHITECTURES = {
     "patch": "ernie_elastic.tokenizers.visual.patch:PatchVisualTokenizer",
@@ -27,15 +25,13 @@ ARCHITECTURES = {
 }
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(SavedModule):
     """Codes RGB pictures and clips as bits. A subclass has `config`, `quantizer`, `encode` and `decode`.
 
     config: a frozen dataclass with image_size (pixels of a side of the square picture), num_bits (D), grid (cells of a
     side of its latents), scales, amplitudes and bits_per_picture. quantizer: `MultiScaleBits` of the square picture.
     """
 
-    architecture = ""
-    config: Any
     quantizer: MultiScaleBits
 
     @property
@@ -74,10 +70,6 @@ class VisualTokenizer(nn.Module):
     def reconstruct(self, pixels_NHW3: torch.Tensor | np.ndarray) -> torch.Tensor:
         """uint8 pixels [N, H, W, 3] after encoding, quantising and decoding."""
         return self.decode(self.quantizer.encode(self.encode(pixels_NHW3)).total)
-
-    def save(self, directory: Path | str) -> None:
-        """Write `config.json` and `tokenizer.safetensors`; `load` gives back the same bits."""
-        write_saved(directory, self.architecture, self.config, self)
 
     @staticmethod
     def load(directory: Path | str) -> VisualTokenizer:

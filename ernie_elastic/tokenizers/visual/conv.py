@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
-from ernie_elastic.tokenizers.saved import Fields, known_fields, read_weights
 from ernie_elastic.tokenizers.visual.base import VisualTokenizer
 from ernie_elastic.tokenizers.visual.causal_conv import StreamState
 from ernie_elastic.tokenizers.visual.conv_config import ConvVisualTokenizerConfig, conv_visual_config
@@ -39,6 +37,7 @@ class ConvVisualTokenizer(VisualTokenizer):
     """Codes RGB pictures and clips as bits. Trained by `training.tokenizer_visual_conv`."""
 
     architecture = "conv"
+    config_class = ConvVisualTokenizerConfig
     config: ConvVisualTokenizerConfig
 
     def __init__(self, config: ConvVisualTokenizerConfig) -> None:
@@ -193,12 +192,6 @@ class ConvVisualTokenizer(VisualTokenizer):
             pixels, state = self.decoder.step(part, state)
             found.append(_pixels_out(pixels)[0])
         return torch.cat(found)[:num_frames]
-
-    @classmethod
-    def _read(cls, directory: Path, fields: Fields) -> ConvVisualTokenizer:
-        tokenizer = cls(ConvVisualTokenizerConfig(**known_fields(ConvVisualTokenizerConfig, fields)))
-        tokenizer.load_state_dict(read_weights(directory))
-        return tokenizer.eval()
 
 
 def _pixels_out(pixels_NCFHW: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ U hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch import nn
 
 from ernie_elastic.errors import ConfigError, DataError
 from ernie_elastic.tokenizers.quantizers import MultiScaleBits
-from ernie_elastic.tokenizers.saved import Fields, known_fields, read_weights
 from ernie_elastic.tokenizers.visual.base import VisualTokenizer
 
 BATCH_PICTURES = 512  # pictures that are coded at once; bounds the memory of a long list
@@ -83,6 +81,7 @@ class PatchVisualTokenizer(VisualTokenizer):
     """Codes square RGB pictures as bits. Trained by `training.tokenizer_visual_patch`."""
 
     architecture = "patch"
+    config_class = PatchVisualTokenizerConfig
     config: PatchVisualTokenizerConfig
 
     def __init__(self, config: PatchVisualTokenizerConfig) -> None:
@@ -136,12 +135,6 @@ class PatchVisualTokenizer(VisualTokenizer):
             )
         feature = feature_NhwD.to(self.device, torch.float32)
         return torch.cat([self.pixels(self.decoder(part)) for part in feature.split(BATCH_PICTURES)])
-
-    @classmethod
-    def _read(cls, directory: Path, fields: Fields) -> PatchVisualTokenizer:
-        tokenizer = cls(PatchVisualTokenizerConfig(**known_fields(PatchVisualTokenizerConfig, fields)))
-        tokenizer.load_state_dict(read_weights(directory))
-        return tokenizer.eval()
 
 
 class PatchEncoder(nn.Module):
