@@ -1,4 +1,4 @@
-"""The engines behind one interface: DeepSpeed (`engine_deepspeed`, which alone imports it) and plain torch.
+"""The engines behind one interface: DeepSpeed (`deepspeed_engine`, which alone imports it) and plain torch.
 
 Both take a step over micro-batches of (PackedBatch, SubModelSpec), average gradients over ranks, clip, and step.
 """
