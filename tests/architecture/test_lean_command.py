@@ -1,4 +1,4 @@
-"""`ernie-elastic --help` and the commands that compress start at once: they import neither torch nor what is as slow."""
+"""`ernie-elastic --help` and the commands that compress start at once: without torch and whatever is as slow."""
 
 from __future__ import annotations
 
