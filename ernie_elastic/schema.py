@@ -10,12 +10,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from ernie_elastic.errors import ConfigError
+
+if TYPE_CHECKING:  # manifests are read by commands that start without torch
+    import torch
 
 # What a position is for. Used by losses and analysis only: the router never sees it.
 # paper: section 6 draws six task rows; audio understanding and generation share one there.
@@ -222,7 +224,7 @@ class RouterOutput:
     @functools.cached_property
     def counts_E(self) -> torch.Tensor:
         """int64 [E], how many valid positions picked each expert."""
-        ones_NK = torch.ones_like(self.experts_NK)
+        ones_NK = self.experts_NK.new_ones(self.experts_NK.shape)
         ones_NK = ones_NK if self.valid_N is None else ones_NK * self.valid_N[:, None]
         return ones_NK.new_zeros(self.num_experts).scatter_add(0, self.experts_NK.reshape(-1), ones_NK.reshape(-1))
 
@@ -313,13 +315,13 @@ class PackedBatch:
         moved: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, torch.Tensor):
-                value = value.to(device)
-            elif item.name == "media":
+            if item.name == "media":
                 value = [
                     MediaInput(m.pixels_GFHW3.to(device), m.features_GFhwD.to(device), m.position_GM.to(device))
                     for m in value
                 ]
+            elif hasattr(value, "to"):
+                value = value.to(device)
             moved[item.name] = value
         return PackedBatch(**moved)
 

@@ -1,4 +1,4 @@
-"""Lossless BF16 codec: any tensor to one stream and back, bit for bit, in either stored layout (docs/formats.md).
+"""Lossless BF16 codec: the words of any tensor to one stream and back, bit for bit, in any layout (docs/formats.md).
 
 `dense_plane` is here, on top of kernels/tbe_codec; the other layouts have files of their own.
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ernie_elastic.compression import entropy_coded, tca_tbe
 from ernie_elastic.compression.bits import Words, best_windows
@@ -57,21 +56,11 @@ class Encoded:
         return 8 * self.stream.size / self.weights if self.weights else 0.0
 
 
-def encode(weight: torch.Tensor, name: str = "", layout: str = DEFAULT_LAYOUT) -> Encoded:
-    """Compress a BF16 tensor of any shape. The same tensor, name and layout always give the same bytes.
-
-    source: paper: ZipServ, TCA-TBE (`tca_tbe`); ours: `dense_plane`, the same payload with one stream that varies in
-    place of two, and `entropy_coded`, for storage. Raises ConfigError for another dtype or layout, FormatError beyond
-    the format's limits.
-    """
-    if weight.dtype != torch.bfloat16:
-        raise ConfigError(f"{name or 'tensor'}: dtype {weight.dtype}, only torch.bfloat16 is compressed; leave it")
-    words_N = weight.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-    return encode_words(words_N.reshape(-1), tuple(weight.shape), name, layout)
-
-
 def encode_words(words_N: Words, shape: tuple[int, ...], name: str = "", layout: str = DEFAULT_LAYOUT) -> Encoded:
-    """As `encode`, for a BF16 tensor given as its words uint16 [weights] and its shape."""
+    """Compress a BF16 tensor of any shape, given as its words uint16 [weights]; deterministic.
+
+    Raises ConfigError for an unknown layout, FormatError beyond the format's limits. source: see `tensors.encode`.
+    """
     check_byte_order()
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r} is not known; choose {' or '.join(LAYOUTS)}")
@@ -89,17 +78,15 @@ def encode_words(words_N: Words, shape: tuple[int, ...], name: str = "", layout:
     return Encoded(stream, words_N.size, fallbacks, 8 + entropy(counts_E.sum(axis=0)))
 
 
-def decode(stream: Bytes, where: str = "stream", name: str | None = None) -> torch.Tensor:
-    """The BF16 tensor of a stream u8 [bytes], in its original shape.
+def decode_words(stream: Bytes, where: str = "stream", name: str | None = None) -> tuple[Words, tuple[int, ...]]:
+    """The BF16 words uint16 [weights] of a stream u8 [bytes], and the shape of its tensor.
 
     name: what the stream must call itself (None = anything). Raises FormatError on any damage.
     """
     header = read_header(stream, where)
     if name is not None and header.name != name:
         raise FormatError(f"{where}: holds {header.name!r}, expected {name!r}; the file is damaged")
-    reader = BodyReader(stream, header)
-    words_N = DECODERS[header.layout](reader, header)
-    return torch.from_numpy(words_N.view(np.int16)).view(torch.bfloat16).reshape(header.shape)
+    return DECODERS[header.layout](BodyReader(stream, header), header), header.shape
 
 
 def entropy(counts: npt.NDArray[np.int64]) -> float:

@@ -15,28 +15,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ernie_elastic.compression.config_file import INNER_KEY, MODEL_TYPE, ORIGINAL_KEY, QUANT_METHOD
 from ernie_elastic.compression.format import LAYOUTS, VERSION, VERSIONS
 from ernie_elastic.errors import ConfigError, FormatError
 
-MODEL_TYPE = "ernie_elastic_compressed"
-QUANT_METHOD = "ernie_elastic_tbe"
-# One level deeper than Transformers looks: a config class takes a direct child with its own model_type for its config.
-ORIGINAL_KEY, INNER_KEY = "original_config", "config"
-SHIM_MODULE = "ernie_elastic_compressed_shim"
 KERNELS = ("decode", "fused")
-# Stands in place of a dtype: every Transformers config looks the name up in torch and fails, printing it.
-GUARD = (
-    "These weights are losslessly compressed: `pip install ernie-elastic`, `import ernie_elastic.compression`, then "
-    "load with an Auto class (AutoModelForCausalLM.from_pretrained), or get the files back: `ernie-elastic decompress`."
-)
-SHIM_TEXT = '''"""Loads this checkpoint's compressed weights with the installed ernie_elastic package."""
-try:
-    from ernie_elastic.compression import CompressedConfig
-except ImportError as error:
-    raise ImportError(
-        "this checkpoint is losslessly compressed and needs the package ernie_elastic: run `pip install ernie-elastic`"
-    ) from error
-'''
 
 
 class TbeConfig(QuantizationConfigMixin):
@@ -68,19 +51,6 @@ class TbeConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layout = layout
         self.kernel = kernel
-
-
-def outer_config(original: dict[str, Any], layout: str) -> dict[str, Any]:
-    """config.json of a compressed directory, around the original one."""
-    return {
-        "model_type": MODEL_TYPE,
-        "dtype": GUARD,
-        "auto_map": {"AutoConfig": f"{SHIM_MODULE}.CompressedConfig"},
-        # Without quant_method, which `from_dict` adds: Transformers skips a method that it does not know, but stops
-        # where there is none. The second guard, for a config whose dtype was overridden.
-        "quantization_config": {k: v for k, v in TbeConfig(layout=layout).to_dict().items() if k != "quant_method"},
-        ORIGINAL_KEY: {INNER_KEY: original},
-    }
 
 
 class CompressedConfig(PreTrainedConfig):

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ernie_elastic.compression.format import Bytes
 from ernie_elastic.errors import CheckpointError, FormatError
@@ -28,10 +27,6 @@ BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 STREAM_PREFIX = "tbe__"
 
@@ -75,13 +70,6 @@ class SafetensorsFile:
     def words(self, entry: Entry) -> npt.NDArray[np.uint16]:
         """The BF16 words uint16 [weights] of one tensor, a read-only view of the file where alignment allows it."""
         return np.require(self.raw(entry).view("<u2"), requirements="A")
-
-    def tensor(self, entry: Entry) -> torch.Tensor:
-        """A copy of one tensor, in its own shape and dtype. FormatError for a dtype that torch has no name for."""
-        if entry.dtype not in TORCH_DTYPES:
-            raise FormatError(f"{self.path}: {entry.name!r} has dtype {entry.dtype}, which cannot be read here")
-        raw = torch.from_numpy(self.raw(entry).copy())
-        return raw.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def parse_header(text: bytes, data_size: int | None, where: str) -> tuple[dict[str, str], list[Entry]]:

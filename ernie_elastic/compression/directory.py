@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_elastic.compression import codec
-from ernie_elastic.compression.config import MODEL_TYPE, ORIGINAL_KEY, SHIM_MODULE, SHIM_TEXT, outer_config
+from ernie_elastic.compression.config_file import MODEL_TYPE, ORIGINAL_KEY, SHIM_MODULE, SHIM_TEXT, outer_config
 from ernie_elastic.compression.container import SafetensorsFile, read_index, weight_files
 from ernie_elastic.compression.format import LAYOUTS, VERSION
 from ernie_elastic.compression.shard import Shard, compress_shard
@@ -59,10 +59,10 @@ def compress_directory(
     """Compress a Hugging Face model directory without loss; returns what `compress` prints, JSON-able.
 
     source: safetensors at its top level, sharded or not; BF16 tensors are compressed, all else is copied. layout: see
-    docs/formats.md. Report: out, tensors, compressed, kept (dtype -> count), parameters, source_bytes, model_bytes,
-    ratio, bits_per_weight and entropy_bits (of the compressed tensors), seconds. Raises ConfigError for an unknown
-    layout or a quantised source, CheckpointError for a missing, damaged or already compressed one or a full disk,
-    FormatError for a damaged safetensors file. source: ours.
+    docs/formats.md. Report: out, tensors, compressed, kept (dtype -> count), not_smaller (of the kept, those whose
+    streams would be no smaller), parameters, source_bytes, model_bytes, ratio, bits_per_weight and entropy_bits (of the
+    compressed tensors), seconds. Raises ConfigError for an unknown layout or a quantised source, CheckpointError for a
+    missing, damaged or already compressed one or a full disk, FormatError for a damaged safetensors file. source: ours.
     """
     source, out, started = Path(source), Path(out), time.monotonic()
     if layout not in LAYOUTS:
@@ -187,6 +187,7 @@ def _report(files: list[Path], target: Path, shards: dict[str, Shard]) -> dict[s
         "tensors": streams + sum(kept.values()),
         "compressed": streams,
         "kept": dict(sorted(kept.items())),
+        "not_smaller": sum(shard.not_smaller for shard in shards.values()),
         "parameters": sum(shard.total_weights for shard in shards.values()),
         "source_bytes": source_bytes,
         "model_bytes": stored,

@@ -9,7 +9,6 @@ Legend: N weights of a tensor or a frame, F frames, X escapes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -21,6 +20,7 @@ from ernie_elastic.compression.bits import Words
 from ernie_elastic.compression.format import BodyReader, Bytes, Header
 from ernie_elastic.errors import FormatError
 from ernie_elastic.kernels import tbe_codec
+from ernie_elastic.kernels.native import num_threads
 from ernie_elastic.kernels.tbe_codec.reference import RANKS
 
 # Weights of a frame: zstandard's tables are per 128 KiB, so larger frames save nothing.
@@ -108,9 +108,9 @@ def _decompress(packed: Bytes, size: int, header: Header) -> Bytes:
 
 
 def _in_threads(work: Callable[[Item], Result], items: list[Item]) -> Iterator[Result]:
-    """`work` of every item in order, on as many threads as there are cores; numpy and zstandard release the GIL."""
+    """`work` of every item in order, on as many threads as native code takes; numpy and zstandard release the GIL."""
     if len(items) < 2:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(items), num_threads())) as pool:
         yield from pool.map(work, items)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ernie_elastic.compression import codec
 from ernie_elastic.compression.container import Entry, SafetensorsFile
 from ernie_elastic.compression.format import Header, read_header
 from ernie_elastic.compression.packed import PackedTensor, packable
+from ernie_elastic.compression.tensors import decode
 from ernie_elastic.errors import FormatError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Stream:
 
     def decode(self) -> torch.Tensor:
         """The BF16 tensor in its stored shape, checksum verified. Raises FormatError."""
-        return codec.decode(self.file.raw(self.entry), f"{self.file.path}: {self.entry.name}", self.header.name)
+        return decode(self.file.raw(self.entry), f"{self.file.path}: {self.entry.name}", self.header.name)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 
 from ernie_elastic.compression import saving
-from ernie_elastic.compression.config import QUANT_METHOD, TbeConfig
+from ernie_elastic.compression.config import TbeConfig
+from ernie_elastic.compression.config_file import QUANT_METHOD
 from ernie_elastic.compression.container import STREAM_PREFIX, SafetensorsWriter, Stored
 from ernie_elastic.compression.packed import (
     PACKED_EXPERTS,

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ernie_elastic.compression import codec
-from ernie_elastic.compression.config import SHIM_MODULE
+from ernie_elastic.compression.config_file import SHIM_MODULE
 from ernie_elastic.compression.container import BITS, SafetensorsFile, parse_header, weight_files
 from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR, STAGE, is_compressed
 from ernie_elastic.compression.format import VERSION, read_header
@@ -60,14 +59,17 @@ def _is_name_table(item: Any) -> bool:
 
 
 def decompress_directory(directory: Path | str, out: Path | str, overwrite: bool = False) -> dict[str, Any]:
-    """Restore the source of a compressed directory, byte for byte; returns out, files and bytes.
+    """Restore the source of a compressed directory, byte for byte.
 
-    Raises CheckpointError for a missing, damaged or uncompressed directory or a full disk, ConfigError when `out` lies
-    in `directory`, FormatError when a stream, a header or a restored file is not what was recorded.
+    Report: out, files, bytes, streams (decoded, by their checksums), verified (files whose SHA-256 is the recorded
+    one), manifest (whether there is one; then every file was compared with it). Raises CheckpointError for a
+    missing, damaged or uncompressed directory or a full disk, ConfigError when `out` lies in `directory`, FormatError
+    when a stream, a header or a restored file is not what was recorded.
     """
     directory, out = Path(directory), Path(out)
     table = read_files_table(directory)
-    if (directory / MANIFEST_NAME).is_file():
+    manifest = (directory / MANIFEST_NAME).is_file()
+    if manifest:
         read_manifest(directory, (STAGE,), verify=True)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; pass --overwrite to replace it, or choose another --out")
@@ -85,7 +87,14 @@ def decompress_directory(directory: Path | str, out: Path | str, overwrite: bool
         raise disk_error(error, out) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"out": str(out), "files": len(restored), "bytes": size}
+    return {
+        "out": str(out),
+        "files": len(restored),
+        "bytes": size,
+        "streams": sum(len(names) for names in table["streams"].values()),
+        "verified": len(table["files"]),
+        "manifest": manifest,
+    }
 
 
 def _restore(directory: Path, target: Path, table: dict[str, Any]) -> None:
@@ -131,7 +140,7 @@ def _restore_weights(
                 raise FormatError(f"{directory / name}: {entry.name!r} is missing; fetch {directory} anew")
             raw = compressed.raw(twin)
             if twin.is_stream:
-                raw = codec.decode(raw, str(directory / name), entry.name).reshape(-1).view(torch.uint8).numpy()
+                raw = codec.decode_words(raw, str(directory / name), entry.name)[0].view(np.uint8)
             if raw.size != entry.end - entry.begin:
                 raise FormatError(
                     f"{directory / name}: {entry.name!r} has {raw.size} bytes, expected {entry.end - entry.begin}; "
@@ -172,7 +181,7 @@ def _row(file: SafetensorsFile, entry: Any) -> dict[str, Any]:
     }  # fmt: skip
     if entry.is_stream:
         header = read_header(raw, f"{file.path}: {entry.name}")
-        words = codec.decode(raw, str(file.path)).reshape(-1).view(torch.int16).numpy().view(np.uint16)
+        words, _ = codec.decode_words(raw, str(file.path))
         row.update(name=header.name, layout=header.layout, dtype="BF16", shape=list(header.shape))
         row.update(weights=header.weights, checksum=header.checksum)
     elif entry.dtype == "BF16":

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ernie_elastic.compression import codec
-from ernie_elastic.compression.container import TORCH_DTYPES, Entry, SafetensorsWriter, Stored, largest_stream
+from ernie_elastic.compression.container import Entry, SafetensorsWriter, Stored, largest_stream
 from ernie_elastic.compression.directory import FILES_NAME, ORIGINAL_DIR
 from ernie_elastic.compression.packed import PackedEmbedding, PackedLinear, PackedTensor
 from ernie_elastic.compression.plan import Checkpoint, Part, Resolution
+from ernie_elastic.compression.tensors import TORCH_DTYPES, encode
 from ernie_elastic.errors import CheckpointError, ConfigError
 from ernie_elastic.stages import disk_error, progress
 
@@ -118,7 +118,7 @@ def _write_file(model: nn.Module, path: Path, tensors: list[SavedTensor], resolu
     with SafetensorsWriter(path, kept, largest) as writer:
         for item in progress(tensors, desc=f"saving {path.name}", unit="tensor"):
             if item.layout is not None:
-                stream = codec.encode(fetch(model, item, resolution), item.name, item.layout).stream
+                stream = encode(fetch(model, item, resolution), item.name, item.layout).stream
                 writer.append(Stored(item.entry.name, "U8", (stream.size,), stream.size), stream)
         writer.finish()
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ernie_elastic.compression import codec
 from ernie_elastic.compression.container import (
@@ -51,6 +50,7 @@ class Shard:
     weights: int  # of the streams
     entropy_bits: float
     kept: dict[str, int]  # dtype -> tensors that were left alone
+    not_smaller: int  # of them: those whose streams would be no smaller
     total_weights: int
     source_sha256: str
     sha256: str
@@ -206,7 +206,7 @@ def verify(source: SafetensorsFile, written: Path, names: dict[str, str], step: 
             raise FormatError(f"{written}: {entry.name!r} was not written; please report this defect")
         raw = after.raw(twin)
         if twin.is_stream:
-            raw = codec.decode(raw, str(written), entry.name).reshape(-1).view(torch.uint8).numpy()
+            raw = codec.decode_words(raw, str(written), entry.name)[0].view(np.uint8)
         if not same_bytes(raw, source.raw(entry)):
             raise FormatError(f"{written}: {entry.name!r} does not decode to its source; please report this defect")
         step(raw.size)
@@ -247,6 +247,7 @@ def _record(
         weights=sum(row["weights"] for row in journal.streams),
         entropy_bits=sum(row["entropy_bits"] for row in journal.streams),
         kept=dict(sorted(kept.items())),
+        not_smaller=len(journal.misfits),
         total_weights=sum(math.prod(entry.shape) for entry in file.entries),
         source_sha256=source_hash.result(),
         sha256=digest,

@@ -224,9 +224,12 @@ def compress(
     """
     from ernie_elastic.compression.codec import LAYOUT_FOR
     from ernie_elastic.compression.directory import compress_directory
+    from ernie_elastic.compression.summary import compress_lines
     from ernie_elastic.model_directories import resolve_model_dir
+    from ernie_elastic.stages import say
 
-    compress_directory(resolve_model_dir(source), out, layout=layout or LAYOUT_FOR[purpose], overwrite=overwrite)
+    model, chosen = resolve_model_dir(source), layout or LAYOUT_FOR[purpose]
+    say("\n".join(compress_lines(compress_directory(model, out, layout=chosen, overwrite=overwrite))))
 
 
 def decompress(source: Directory, /, *, out: Path, overwrite: Flag = False) -> None:
@@ -237,30 +240,24 @@ def decompress(source: Directory, /, *, out: Path, overwrite: Flag = False) -> N
         out: directory to write.
         overwrite: replace `out` if it exists.
     """
-    from ernie_elastic.compression import decompress_directory
+    from ernie_elastic.compression.restore import decompress_directory
+    from ernie_elastic.compression.summary import decompress_lines
+    from ernie_elastic.stages import say
 
-    decompress_directory(source, out, overwrite=overwrite)
+    say("\n".join(decompress_lines(decompress_directory(source, out, overwrite=overwrite))))
 
 
 def info(source: Directory, /) -> None:
-    """Print what a compressed directory holds, per tensor.
+    """Print what a compressed directory holds, per tensor and in total.
 
     Args:
         source: a directory that `compress` wrote.
     """
-    from ernie_elastic.compression import directory_info
+    from ernie_elastic.compression.restore import directory_info
+    from ernie_elastic.compression.summary import info_lines
     from ernie_elastic.stages import say
 
-    rows = directory_info(source)
-    width = max(len(row["name"]) for row in rows)
-    say(f"{'tensor':{width}}  {'shape':>18}  {'layout':>13}  bits/weight  bound  checksum")
-    for row in rows:
-        bits = " ".join(
-            f"{row[key]:>{size}.3f}" if row.get(key) else " " * size
-            for key, size in (("bits_per_weight", 11), ("entropy_bits", 6))
-        )
-        shape = "x".join(str(size) for size in row["shape"])
-        say(f"{row['name']:{width}}  {shape:>18}  {row['layout']:>13}  {bits}  {row.get('checksum') or ''}")
+    say("\n".join(info_lines(directory_info(source))))
 
 
 def generate(

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from bench.common import Row, interleave, skip_peer
+from ernie_elastic import compression
 from ernie_elastic.compression import codec, compress_directory
 from ernie_elastic.compression.container import SafetensorsFile, weight_files
 from ernie_elastic.compression.format import LAYOUTS, checksum_of
+from ernie_elastic.compression.tensors import read_tensor
 from ernie_elastic.kernels import zip_gemv
 
 PEERS = ("bound", "payload", "memory", *(name for name in LAYOUTS if name != codec.DEFAULT_LAYOUT), "zipnn", "zstd",
@@ -60,7 +62,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
         file = SafetensorsFile(path)
         for entry in file.entries:
             if entry.dtype == "BF16" and entry.end - entry.begin >= 2 * MIN_WEIGHTS:
-                found[entry.name] = file.tensor(entry)
+                found[entry.name] = read_tensor(file, entry)
     return found
 
 
@@ -70,7 +72,7 @@ def raw_bytes(weight: Tensor) -> bytes:
 
 
 def _layout(name: str) -> Pair:
-    return (lambda weight: codec.encode(weight, layout=name).stream, codec.decode)
+    return (lambda weight: compression.encode(weight, layout=name).stream, compression.decode)
 
 
 def codecs() -> dict[str, Pair]:
@@ -124,7 +126,7 @@ def run(quick: bool, weights: Path | None = None) -> list[Row]:
 
 def sizes(weight: Tensor, streams: dict[str, Any]) -> dict[str, float]:
     """Bits a weight of every stream, and of the peers that are no programs."""
-    encoded = codec.encode(weight)
+    encoded = compression.encode(weight)
     bits = {name: 8 * size_of(stream) / weight.numel() for name, stream in streams.items() if name != "safetensors"}
     packed = zip_gemv.pack(weight.reshape(-1, weight.shape[-1]))
     share = encoded.fallbacks / encoded.weights

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from ernie_elastic.compression import codec
+from ernie_elastic.compression import decode, encode
 from ernie_elastic.compression.bits import best_windows, exponents, join_words, low_bytes
 from ernie_elastic.compression.format import LAYOUTS
 from ernie_elastic.errors import ConfigError
@@ -74,7 +74,7 @@ def slow_decode(stream: np.ndarray) -> list[int]:
 def test_every_pattern_survives(layout: str) -> None:
     for shape in [(65536,), (256, 256), (64, 32, 32)]:
         tensor = ALL_PATTERNS.view(torch.bfloat16).reshape(shape)
-        assert same_bits(codec.decode(codec.encode(tensor, "all", layout).stream), tensor)
+        assert same_bits(decode(encode(tensor, "all", layout).stream), tensor)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -89,7 +89,7 @@ def test_every_shape_survives(layout: str, shape: tuple[int, ...]) -> None:
         torch.full((count,), float("inf")),
     ):
         tensor = values.to(torch.bfloat16).reshape(shape)
-        assert same_bits(codec.decode(codec.encode(tensor, "x", layout).stream), tensor)
+        assert same_bits(decode(encode(tensor, "x", layout).stream), tensor)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,23 +97,23 @@ def test_windows_at_both_ends_and_all_fallbacks(layout: str) -> None:
     low = from_words([0x0000, 0x8000, 0x0001, 0x807F, 0x0300] * 30, (10, 15))
     high = from_words([0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x7C80] * 30, (10, 15))
     for tensor, first in ((low, 0), (high, 249)):
-        encoded = codec.encode(tensor, "", layout)
-        assert encoded.fallbacks == 0 and same_bits(codec.decode(encoded.stream), tensor)
+        encoded = encode(tensor, "", layout)
+        assert encoded.fallbacks == 0 and same_bits(decode(encoded.stream), tensor)
         counts_E = tbe_codec.count_exponents(words(tensor).numpy().view(np.uint16)[None])
         assert best_windows(counts_E)[0].tolist() == [first]
     # One weight decides the window, so that every other one is a fallback.
     tensor = from_words([0x4000, 0x4000] + [e << 7 for e in range(0, 256, 8)], (2, 17))
-    encoded = codec.encode(tensor, "", layout)
-    assert encoded.fallbacks >= 31 and same_bits(codec.decode(encoded.stream), tensor)
+    encoded = encode(tensor, "", layout)
+    assert encoded.fallbacks >= 31 and same_bits(decode(encoded.stream), tensor)
 
 
 @given(st.lists(st.integers(0, 65535), max_size=300), st.sampled_from(list(LAYOUTS)), st.integers(1, 7))
 def test_random_words_survive(values: list[int], layout: str, columns: int) -> None:
     values = values[: len(values) // columns * columns]
     tensor = from_words(values, (len(values) // columns, columns))
-    encoded = codec.encode(tensor, "n.w", layout)
-    assert same_bits(codec.decode(encoded.stream, name="n.w"), tensor)
-    assert np.array_equal(codec.encode(tensor, "n.w", layout).stream, encoded.stream)
+    encoded = encode(tensor, "n.w", layout)
+    assert same_bits(decode(encoded.stream, name="n.w"), tensor)
+    assert np.array_equal(encode(tensor, "n.w", layout).stream, encoded.stream)
 
 
 def some_tensor(shape: tuple[int, ...], spread: float, share: float, seed: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_round_trips_by_the_thousand(request: pytest.FixtureRequest) -> None:
     )
     def check(shape: tuple[int, ...], layout: str, spread: float, share: float, seed: int) -> None:
         tensor = some_tensor(shape, spread, share, seed % 2**63)
-        assert same_bits(codec.decode(codec.encode(tensor, "w", layout).stream, name="w"), tensor)
+        assert same_bits(decode(encode(tensor, "w", layout).stream, name="w"), tensor)
 
     check()
 
@@ -144,15 +144,15 @@ def test_round_trips_by_the_thousand(request: pytest.FixtureRequest) -> None:
 def test_vectorised_decoder_agrees_with_the_text(seed: int, count: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensor = (torch.randn(count, generator=generator) * 0.02).to(torch.bfloat16)
-    assert slow_decode(codec.encode(tensor, "t").stream) == words(tensor).numpy().view(np.uint16).tolist()
+    assert slow_decode(encode(tensor, "t").stream) == words(tensor).numpy().view(np.uint16).tolist()
 
 
 def test_experts_have_a_window_each() -> None:
     scales = torch.tensor([1e-20, 1.0, 1e20])[:, None, None]
     tensor = (torch.randn(3, 64, 64) * scales).to(torch.bfloat16)
-    encoded = codec.encode(tensor, "experts")
+    encoded = encode(tensor, "experts")
     assert encoded.fallbacks / encoded.weights < 0.04
-    assert same_bits(codec.decode(encoded.stream), tensor)
+    assert same_bits(decode(encoded.stream), tensor)
     assert slow_decode(encoded.stream) == words(tensor).numpy().view(np.uint16).tolist()
 
 
@@ -173,7 +173,7 @@ def test_window_of_maximal_coverage_beats_the_most_frequent_run() -> None:
 
 
 def test_size_is_close_to_what_the_format_promises() -> None:
-    encoded = codec.encode((torch.randn(512, 512) * 0.02).to(torch.bfloat16), "w")
+    encoded = encode((torch.randn(512, 512) * 0.02).to(torch.bfloat16), "w")
     share = encoded.fallbacks / encoded.weights
     assert 11 + 8 * share < encoded.bits_per_weight < 11 + 8 * share + 0.03
     assert 10.5 < encoded.entropy_bits < 10.6 and encoded.bits_per_weight < 11.25
@@ -182,18 +182,18 @@ def test_size_is_close_to_what_the_format_promises() -> None:
 @pytest.mark.parametrize("shape", [(128, 128), (64, 128), (100, 72), (65, 37), (7, 144, 100)])
 def test_small_matrices_keep_the_ratio(shape: tuple[int, ...]) -> None:
     name = "model.layers.11.mlp.experts.127.gate_proj.weight"
-    encoded = codec.encode((torch.randn(shape) * 0.02).to(torch.bfloat16), name)
+    encoded = encode((torch.randn(shape) * 0.02).to(torch.bfloat16), name)
     print(f"{shape}: {encoded.bits_per_weight:.3f} bits a weight, bound {encoded.entropy_bits:.3f}")
     assert encoded.bits_per_weight <= 0.725 * 16
 
 
 def test_other_dtypes_and_layouts_are_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
-        codec.encode(torch.zeros(3))
+        encode(torch.zeros(3))
     with pytest.raises(ConfigError, match="zip"):
-        codec.encode(torch.zeros(3, dtype=torch.bfloat16), layout="zip")
+        encode(torch.zeros(3, dtype=torch.bfloat16), layout="zip")
 
 
 def test_strides_do_not_matter() -> None:
     tensor = torch.randn(40, 30).to(torch.bfloat16)
-    assert same_bits(codec.decode(codec.encode(tensor.T).stream), tensor.T.contiguous())
+    assert same_bits(decode(encode(tensor.T).stream), tensor.T.contiguous())

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ernie_elastic.compression import compress_directory, is_compressed, model_bytes, shard
-from ernie_elastic.compression.config import SHIM_MODULE
+from ernie_elastic.compression.config_file import SHIM_MODULE
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.restore import decompress_directory, directory_info
 from ernie_elastic.errors import CheckpointError, ConfigError, FormatError

@@ -7,7 +7,7 @@ import pytest
 import torch
 import zstandard
 
-from ernie_elastic.compression import codec, entropy_coded
+from ernie_elastic.compression import decode, encode, entropy_coded
 from ernie_elastic.compression.entropy_coded import FRAME, RANKS
 from ernie_elastic.compression.format import read_header
 from ernie_elastic.errors import FormatError
@@ -33,18 +33,18 @@ def test_size_is_within_half_a_percent_of_the_bound(kind: str) -> None:
         weight /= torch.rand(1024, 1100, generator=generator).clamp_min(1e-3).sqrt()
     elif kind == "experts":
         weight = weight.reshape(16, 64, 1100)
-    encoded = codec.encode(weight.to(torch.bfloat16), "w", "entropy_coded")
+    encoded = encode(weight.to(torch.bfloat16), "w", "entropy_coded")
     print(kind, encoded.bits_per_weight, encoded.entropy_bits)
     assert encoded.bits_per_weight <= 1.005 * encoded.entropy_bits
-    assert same(codec.decode(encoded.stream), weight.to(torch.bfloat16))
+    assert same(decode(encoded.stream), weight.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, FRAME - 1, FRAME, FRAME + 1, 2 * FRAME + 7])
 def test_frames_of_every_length(count: int) -> None:
     weight = gaussian(count)
-    stream = codec.encode(weight, "w", "entropy_coded").stream
-    assert same(codec.decode(stream), weight)
-    assert np.array_equal(codec.encode(weight, "w", "entropy_coded").stream, stream)
+    stream = encode(weight, "w", "entropy_coded").stream
+    assert same(decode(stream), weight)
+    assert np.array_equal(encode(weight, "w", "entropy_coded").stream, stream)
 
 
 def test_a_table_names_the_most_frequent_exponents_once_each() -> None:
@@ -63,12 +63,12 @@ def fields(stream: np.ndarray, count: int) -> dict[str, int]:
 
 def refused(stream: np.ndarray, what: str) -> None:
     with pytest.raises(FormatError, match=what):
-        codec.decode(sealed(stream))
+        decode(sealed(stream))
 
 
 def test_every_field_that_lies_is_refused() -> None:
     weight = torch.cat([gaussian(1000), torch.tensor([3e38, 1e-38, 1e30]).to(torch.bfloat16)])
-    stream = codec.encode(weight, "w", "entropy_coded").stream
+    stream = encode(weight, "w", "entropy_coded").stream
     at = fields(stream, 1003)
     assert stream.size - at["escapes"] >= 2
 
@@ -85,7 +85,7 @@ def test_every_field_that_lies_is_refused() -> None:
     refused(changed(at["frame"], 0), "claims|refuses")
     for place in range(at["frame"] + 4, at["frame"] + 12):
         try:
-            decoded = codec.decode(sealed(changed(place, stream[place] ^ 0x55)))
+            decoded = decode(sealed(changed(place, stream[place] ^ 0x55)))
         except FormatError:
             continue
         assert decoded.shape == weight.shape
@@ -101,11 +101,11 @@ def rebuilt(stream: np.ndarray, count: int, packed: bytes) -> np.ndarray:
 
 def test_frames_of_a_forger_are_refused_before_they_take_memory() -> None:
     weight = gaussian(1001)
-    stream = codec.encode(weight, "w", "entropy_coded").stream
+    stream = encode(weight, "w", "entropy_coded").stream
     at = fields(stream, 1001)
     pairs = zstandard.ZstdDecompressor().decompress(stream[at["frame"] : at["escapes"]].tobytes())
     compress = zstandard.ZstdCompressor(level=1).compress
-    assert same(codec.decode(sealed(rebuilt(stream, 1001, compress(pairs)))), weight)  # any encoder's frame is read
+    assert same(decode(sealed(rebuilt(stream, 1001, compress(pairs)))), weight)  # any encoder's frame is read
     refused(rebuilt(stream, 1001, compress(bytes(1 << 30))), "claims 1073741824 bytes, expected 501")
     refused(rebuilt(stream, 1001, compress(pairs[:-1])), "claims 500 bytes")
     refused(rebuilt(stream, 1001, zstandard.ZstdCompressor(write_content_size=False).compress(pairs)), "claims -1")

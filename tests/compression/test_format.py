@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ernie_elastic.compression import codec
+from ernie_elastic.compression import decode, encode
 from ernie_elastic.compression.format import (
     CHECKSUM_AT,
     CHECKSUM_BYTES,
@@ -62,72 +62,72 @@ def sealed(stream: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_of_a_fixed_tensor(layout: str) -> None:
-    stream = codec.encode(VECTOR, "a.weight", layout).stream.tobytes()
+    stream = encode(VECTOR, "a.weight", layout).stream.tobytes()
     expected = bytes.fromhex(HEX[layout])
     if layout == "entropy_coded":  # another zstandard may pack otherwise: what it packed must be read for ever
         assert stream[:16] == expected[:16] and stream[32:48] == expected[32:48]
         stream = expected
     assert stream[: len(expected)].hex() == expected.hex()
     assert len(stream) == (TCA_BYTES if layout == "tca_tbe" else len(expected))
-    decoded = codec.decode(np.frombuffer(stream, dtype=np.uint8))
+    decoded = decode(np.frombuffer(stream, dtype=np.uint8))
     assert torch.equal(decoded.view(torch.int16), VECTOR.view(torch.int16))
 
 
 def test_version_1_is_still_read() -> None:
     stream = np.frombuffer(bytes.fromhex(HEX_VERSION_1), dtype=np.uint8).copy()
-    assert torch.equal(codec.decode(stream, name="a.weight").view(torch.int16), VECTOR.view(torch.int16))
+    assert torch.equal(decode(stream, name="a.weight").view(torch.int16), VECTOR.view(torch.int16))
     stream[-1] ^= 1
     with pytest.raises(FormatError, match="checksum"):
-        codec.decode(stream)
+        decode(stream)
     stream[4] = 2
     with pytest.raises(FormatError, match="checksum"):
-        codec.decode(stream)
+        decode(stream)
 
 
 @given(st.data(), st.sampled_from(list(LAYOUTS)))
 def test_any_changed_byte_is_noticed(data: st.DataObject, layout: str) -> None:
-    stream = codec.encode(gaussian(20, 30), "w", layout).stream.copy()
+    stream = encode(gaussian(20, 30), "w", layout).stream.copy()
     place = data.draw(st.integers(0, stream.size - 1))
     stream[place] ^= data.draw(st.integers(1, 255))
     with pytest.raises(FormatError):
-        codec.decode(stream)
+        decode(stream)
 
 
 @given(st.data(), st.sampled_from(list(LAYOUTS)))
 def test_damage_under_a_right_checksum_is_refused_or_decodes_to_itself(data: st.DataObject, layout: str) -> None:
     """Every stream has one valid encoding: what decodes at all must encode to the very same bytes."""
-    stream = codec.encode(gaussian(9, 23), "w", layout).stream.copy()
+    stream = encode(gaussian(9, 23), "w", layout).stream.copy()
     for _ in range(data.draw(st.integers(1, 3))):
         stream[data.draw(st.integers(0, stream.size - 1))] = data.draw(st.integers(0, 255))
     stream = sealed(stream)
     try:
-        decoded = codec.decode(stream)
+        decoded = decode(stream)
     except FormatError:
         return
     header = read_header(stream)
-    again = codec.encode(decoded, header.name, header.layout)
+    again = encode(decoded, header.name, header.layout)
     # A window that is not the best one is the only freedom that is left.
     assert again.stream.size <= stream.size
-    assert torch.equal(codec.decode(again.stream).view(torch.int16), decoded.view(torch.int16))
+    assert torch.equal(decode(again.stream).view(torch.int16), decoded.view(torch.int16))
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(FormatError):
-        codec.decode(np.frombuffer(content, dtype=np.uint8))
+        decode(np.frombuffer(content, dtype=np.uint8))
 
 
 @given(st.integers(0, 1), st.data())
 def test_cut_and_grown_streams_are_refused(which: int, data: st.DataObject) -> None:
-    stream = codec.encode(VECTOR, "w", list(LAYOUTS)[which]).stream
+    stream = encode(VECTOR, "w", list(LAYOUTS)[which]).stream
     cut = stream[: data.draw(st.integers(0, stream.size - 1))]
     with pytest.raises(FormatError):
-        codec.decode(cut)
+        decode(cut)
     with pytest.raises(FormatError):
-        codec.decode(sealed(np.concatenate([stream, np.zeros(1, dtype=np.uint8)])))
+        decode(sealed(np.concatenate([stream, np.zeros(1, dtype=np.uint8)])))
     if cut.size > 48:
         with pytest.raises(FormatError):
-            codec.decode(sealed(cut))
+            decode(sealed(cut))
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_cut_and_grown_streams_are_refused(which: int, data: st.DataObject) -> N
 def test_wrong_header_fields_are_refused_even_under_a_right_checksum(
     layout: str, offset: int, form: str, value: int
 ) -> None:
-    stream = codec.encode(VECTOR, "weight", layout).stream.copy()
+    stream = encode(VECTOR, "weight", layout).stream.copy()
     stream[offset : offset + struct.calcsize(form)] = np.frombuffer(struct.pack(form, value), dtype=np.uint8)
     with pytest.raises(FormatError):
-        codec.decode(sealed(stream))
+        decode(sealed(stream))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,35 +156,35 @@ def test_a_header_that_claims_terabytes_is_refused_before_allocation(layout: str
     tracemalloc.start()
     try:
         with pytest.raises(FormatError):
-            codec.decode(sealed(stream))
+            decode(sealed(stream))
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
 
 
 def test_a_stream_is_bound_to_its_name() -> None:
-    stream = codec.encode(VECTOR, "layers.0.weight").stream
+    stream = encode(VECTOR, "layers.0.weight").stream
     with pytest.raises(FormatError, match=r"layers\.0\.weight"):
-        codec.decode(stream, "model.safetensors", "layers.1.weight")
+        decode(stream, "model.safetensors", "layers.1.weight")
 
 
 @pytest.mark.parametrize("layout", ["dense_plane", "tca_tbe"])
 def test_set_padding_bits_and_fallbacks_in_the_window_are_refused(layout: str) -> None:
     tensor = torch.tensor([1.0, 1.5, 3e38]).to(torch.bfloat16)
-    stream = codec.encode(tensor, "", layout).stream
+    stream = encode(tensor, "", layout).stream
     if layout == "dense_plane":
         bad_bit, fallback = stream.size - 3, stream.size - 1  # last plane byte, then `first`, then the fallback
         for place, value in ((bad_bit, 0x80), (fallback, 127)):
             changed = stream.copy()
             changed[place] = value
             with pytest.raises(FormatError):
-                codec.decode(sealed(changed))
+                decode(sealed(changed))
     else:
         for place in range(stream.size - 20, stream.size - 1):  # sign bytes of padded weights, then a byte of padding
             changed = stream.copy()
             changed[place] ^= 0x80
             with pytest.raises(FormatError):
-                codec.decode(sealed(changed))
+                decode(sealed(changed))
 
 
 def test_how_a_tensor_is_read_as_matrices() -> None:

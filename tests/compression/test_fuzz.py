@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ernie_elastic.compression import codec, compress_directory
+from ernie_elastic.compression import compress_directory, decode, encode
 from ernie_elastic.compression.container import SafetensorsFile
 from ernie_elastic.compression.format import CHECKSUM_AT, CHECKSUM_BYTES, LAYOUTS, Bytes, checksum_of, read_header
 from ernie_elastic.errors import FormatError
@@ -101,7 +101,7 @@ def one_stream(originals: list[tuple[Bytes, torch.Tensor]], chance: random.Rando
     if resealed:
         damaged = sealed(damaged)
     try:
-        decoded = codec.decode(damaged)
+        decoded = decode(damaged)
     except FormatError:
         return "refused"
     if not resealed:
@@ -111,7 +111,7 @@ def one_stream(originals: list[tuple[Bytes, torch.Tensor]], chance: random.Rando
     assert decoded.dtype == torch.bfloat16 and tuple(decoded.shape) == header.shape
     # What the stream says is what the definition in numpy reads from it.
     with mock.patch.object(tbe_codec, "_library", lambda backend: None):
-        defined = codec.decode(damaged)
+        defined = decode(damaged)
     assert torch.equal(defined.view(torch.int16), decoded.view(torch.int16))
     return "another"
 
@@ -139,7 +139,7 @@ def one_file(content: bytes, plain: dict[str, bytes], folder: Path, chance: rand
         for entry in file.entries:
             raw = file.raw(entry)
             if entry.is_stream:
-                decoded = codec.decode(raw)
+                decoded = decode(raw)
                 name = read_header(raw).name
                 assert decoded.reshape(-1).view(torch.uint8).numpy().tobytes() == plain[name]
         return "same"
@@ -176,7 +176,7 @@ def in_child(work: Callable[[random.Random], str], seed: int, report: Path) -> d
 
 @pytest.mark.timeout(600)
 def test_no_mutation_of_a_stream_does_harm(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    originals = [(codec.encode(t, f"t{k}", layout).stream, t) for k, t in enumerate(tensors()) for layout in LAYOUTS]
+    originals = [(encode(t, f"t{k}", layout).stream, t) for k, t in enumerate(tensors()) for layout in LAYOUTS]
     originals += [(version_1(stream), tensor) for stream, tensor in originals[:3]]
     total: dict[str, int] = {}
     for seed in range(300 if is_full(request.config) else 6):

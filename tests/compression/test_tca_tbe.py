@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ernie_elastic.compression import codec
+from ernie_elastic.compression import encode
 from ernie_elastic.compression.bits import exponents
 from ernie_elastic.compression.format import BodyReader, read_header
 from ernie_elastic.compression.tca_tbe import from_tiles, to_tiles
@@ -35,7 +35,7 @@ def test_order_of_tiles_is_the_published_one() -> None:
 
 def test_streams_and_offsets_one_weight_at_a_time() -> None:
     weight = (torch.randn(70, 100, generator=torch.Generator().manual_seed(1)) * 0.02).to(torch.bfloat16)
-    stream = codec.encode(weight, "w", "tca_tbe").stream
+    stream = encode(weight, "w", "tca_tbe").stream
     header = read_header(stream)
     reader = BodyReader(stream, header)
     ends = reader.take("<i8", 8).reshape(4, 2)
@@ -67,7 +67,7 @@ def test_streams_and_offsets_one_weight_at_a_time() -> None:
 
 def test_size_matches_the_paper_on_gaussian_weights() -> None:
     weight = (torch.randn(512, 512) * 0.02).to(torch.bfloat16)
-    published, ours = codec.encode(weight, "w", "tca_tbe"), codec.encode(weight, "w", "dense_plane")
+    published, ours = encode(weight, "w", "tca_tbe"), encode(weight, "w", "dense_plane")
     # paper: 11.3 bits a weight; what ours saves is offsets and padding alone.
     assert 11.25 < published.bits_per_weight < 11.36
     assert 0.05 < published.bits_per_weight - ours.bits_per_weight < 0.15

@@ -56,10 +56,10 @@ def test_window_has_maximal_coverage() -> None:
 
 
 def test_stored_codec_writes_these_planes() -> None:
-    from ernie_elastic.compression import codec
+    from ernie_elastic.compression import encode
 
     weight_n = gaussian(9001)
-    stream = codec.encode(weight_n).stream.tobytes()
+    stream = encode(weight_n).stream.tobytes()
     planes = tbe_decode.encode(weight_n)
     for part in (planes.low, planes.planes, planes.fallbacks):
         assert part.numpy().tobytes() in stream
@@ -86,11 +86,11 @@ def test_bitmap_tiles_keep_every_pattern(all_patterns: Tensor, device: torch.dev
 
 
 def test_the_stored_codec_writes_these_bitmap_tiles() -> None:
-    from ernie_elastic.compression import codec
+    from ernie_elastic.compression import encode
 
     weight_ERC = torch.cat([gaussian(1, 70, 130), 30 * gaussian(1, 70, 130)])
     tiles = tbe_decode.encode_bitmap_tiles(weight_ERC)
-    encoded = codec.encode(weight_ERC, layout="tca_tbe").stream.tobytes()
+    encoded = encode(weight_ERC, layout="tca_tbe").stream.tobytes()
     assert len(set(tiles.first.tolist())) == 2 and tiles.full.numel() > 16
     for name in ("ends", "bitmaps", "full", "low", "first"):
         assert getattr(tiles, name).numpy().tobytes() in encoded, name

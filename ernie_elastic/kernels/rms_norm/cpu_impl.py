@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ernie_elastic.kernels.native import NativeLibrary, build_and_load
-from ernie_elastic.kernels.zip_gemv.cpu_impl import openmp_parallel
+from ernie_elastic.kernels.native import CLONE_LEVELS, NativeLibrary, load_library, openmp_parallel
 
 ABI = 2
 # Numbers that a thread takes at once; below one chunk no thread is woken.
@@ -31,18 +30,20 @@ def load() -> NativeLibrary:
     parallel = openmp_parallel()
     if parallel is None:
         return NativeLibrary(None, "no GOMP_parallel among the libraries that torch has loaded")
-    native = build_and_load(Path(__file__).with_name("rms_norm.cpp"))
-    library = native.library
-    if library is None:
-        return native
-    if library.norm_abi() != ABI:
-        return NativeLibrary(None, f"the built library has ABI {library.norm_abi()}, this package needs {ABI}")
-    library.norm_use.argtypes = (_P,)
-    library.norm_use(parallel)
+
+    def declare(library: ctypes.CDLL) -> str:
+        library.norm_use.argtypes = (_P,)
+        library.norm_use(parallel)
+        _declare(library)
+        return f"{CLONE_LEVELS[library.norm_level()]}, torch's OpenMP threads"
+
+    return load_library(Path(__file__).with_name("rms_norm.cpp"), ("norm_abi", ABI), declare)
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.norm_forward.argtypes = (*(_P,) * 6, *(_I64,) * 4, ctypes.c_float, _I64, _I64)
     library.norm_backward.argtypes = (*(_P,) * 9, *(_I64,) * 6)
     library.norm_forward.restype = library.norm_backward.restype = None
-    return NativeLibrary(library, f"{native.reason}, torch's OpenMP threads")
 
 
 def _chunk(size: int) -> int:

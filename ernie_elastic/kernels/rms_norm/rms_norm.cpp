@@ -10,11 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
+#include "cpu_level.h"
 
 namespace {
 
@@ -164,6 +160,8 @@ void run(const Call& call, void (*work)(const Call&, int64_t, int64_t)) {
 extern "C" {
 
 int64_t norm_abi() { return 2; }
+
+int64_t norm_level() { return clone_level(); }
 
 void norm_use(void* gomp_parallel) { openmp = reinterpret_cast<OpenMp>(gomp_parallel); }
 

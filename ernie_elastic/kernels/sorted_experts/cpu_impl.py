@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ernie_elastic.errors import ConfigError
-from ernie_elastic.kernels.native import NativeLibrary, build_and_load
+from ernie_elastic.kernels.native import CLONE_LEVELS, NativeLibrary, load_library, openmp_parallel
 from ernie_elastic.kernels.sorted_experts.torch_impl import Order, Target
-from ernie_elastic.kernels.zip_gemv.cpu_impl import openmp_parallel
 
 ABI = 1
 # The largest workspace that a thread keeps between calls.
@@ -60,19 +59,21 @@ def load() -> NativeLibrary:
     if sgemm is None or parallel is None:
         missing = "MKL's sgemm_" if sgemm is None else "GOMP_parallel"
         return NativeLibrary(None, f"no {missing} among the libraries that torch has loaded")
-    native = build_and_load(Path(__file__).with_name("sorted_experts.cpp"))
-    library = native.library
-    if library is None:
-        return native
-    if library.experts_abi() != ABI:
-        return NativeLibrary(None, f"the built library has ABI {library.experts_abi()}, this package needs {ABI}")
-    library.experts_use.argtypes = (_P, _P)
-    library.experts_use(sgemm, parallel)
+
+    def declare(library: ctypes.CDLL) -> str:
+        library.experts_use.argtypes = (_P, _P)
+        library.experts_use(sgemm, parallel)
+        _declare(library)
+        return f"{CLONE_LEVELS[library.experts_level()]}, torch's BLAS and OpenMP threads"
+
+    return load_library(Path(__file__).with_name("sorted_experts.cpp"), ("experts_abi", ABI), declare)
+
+
+def _declare(library: ctypes.CDLL) -> None:
     library.experts_scratch.argtypes, library.experts_scratch.restype = (_I64, _I64), _I64
     library.experts_sort.argtypes = (_P, _I64, _I64, _P, _P)
     for function in (library.experts_forward, library.experts_backward):
         function.argtypes, function.restype = (ctypes.POINTER(Call),), None
-    return NativeLibrary(library, f"{native.reason}, torch's BLAS and OpenMP threads")
 
 
 def fits(hidden_NH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> bool:

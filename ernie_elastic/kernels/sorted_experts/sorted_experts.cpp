@@ -20,13 +20,9 @@
 #include <memory>
 #include <vector>
 
-namespace {
+#include "cpu_level.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
+namespace {
 
 using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
                       const int*, const float*, const int*, const float*, float*, const int*);
@@ -217,6 +213,8 @@ void backward_tile(const Call& c, const Tile& tile, float* buffer, float* gate_u
 extern "C" {
 
 int experts_abi() { return 1; }
+
+int experts_level() { return clone_level(); }
 
 void experts_use(void* sgemm, void* gomp_parallel) {
   gemm = reinterpret_cast<Gemm>(sgemm);

@@ -10,9 +10,8 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ernie_elastic.kernels.native import NativeLibrary, build_and_load
+from ernie_elastic.kernels.native import NativeLibrary, load_library, num_threads
 from ernie_elastic.kernels.tbe_codec.reference import Bytes, Counts, Fields, Words
 
 ABI = 2
@@ -23,12 +22,10 @@ _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 @functools.cache
 def load() -> NativeLibrary:
     """Build (first use of the machine), load and declare the library; resolved once a process."""
-    native = build_and_load(Path(__file__).with_name("tbe_codec.cpp"))
-    library = native.library
-    if library is None:
-        return native
-    if library.tbe_abi() != ABI:
-        return NativeLibrary(None, f"the built library has ABI {library.tbe_abi()}, this package needs {ABI}")
+    return load_library(Path(__file__).with_name("tbe_codec.cpp"), ("tbe_abi", ABI), _declare)
+
+
+def _declare(library: ctypes.CDLL) -> str:
     library.tbe_count.argtypes = (_P, _I64, _I64, _INT, _P)
     library.tbe_count.restype = None
     library.tbe_encode.argtypes = (_P, _I64, _I64, _P, _I64, _INT, _P, _P, _P, _P, _I64)
@@ -36,7 +33,7 @@ def load() -> NativeLibrary:
     library.tbe_encode_ranks.argtypes = (_P, _I64, _P, _P, _P, _P)
     library.tbe_encode_ranks.restype = _I64
     library.tbe_decode_ranks.argtypes = (_P, _P, _I64, _P, _P, _I64, _P)
-    return NativeLibrary(library, f"{native.reason}, {LEVELS[library.tbe_level()]}")
+    return LEVELS[library.tbe_level()]
 
 
 def _address(array: np.ndarray) -> int:
@@ -48,7 +45,7 @@ def _address(array: np.ndarray) -> int:
 def count_exponents(library: ctypes.CDLL, words_En: Words) -> Counts:
     """As reference.count_exponents."""
     counts_E = np.zeros((words_En.shape[0], 256), dtype=np.int64)
-    library.tbe_count(_address(words_En), *words_En.shape, torch.get_num_threads(), _address(counts_E))
+    library.tbe_count(_address(words_En), *words_En.shape, num_threads(), _address(counts_E))
     return counts_E
 
 
@@ -56,7 +53,7 @@ def encode(library: ctypes.CDLL, words_En: Words, fields: Fields, level: int = l
     """As reference.encode. level: the highest index of LEVELS to use; tests compare them."""
     out = [_address(array) for array in (fields.ends_T, fields.low_En, fields.planes_E3P, fields.fallback_F)]
     matrices, count = words_En.shape
-    first, threads = _address(fields.first_E), torch.get_num_threads()
+    first, threads = _address(fields.first_E), num_threads()
     size = fields.fallback_F.size
     code = library.tbe_encode(_address(words_En), matrices, count, first, level, threads, *out, size)
     if code == -2:
@@ -68,7 +65,7 @@ def encode(library: ctypes.CDLL, words_En: Words, fields: Fields, level: int = l
 def decode(library: ctypes.CDLL, fields: Fields, out_En: Words, level: int = len(LEVELS) - 1) -> bool:
     """As reference.decode. level: the highest index of LEVELS to use; tests compare them."""
     parts = (fields.ends_T, fields.low_En, fields.planes_E3P, fields.first_E, fields.fallback_F)
-    threads, size = torch.get_num_threads(), fields.fallback_F.size
+    threads, size = num_threads(), fields.fallback_F.size
     code = library.tbe_decode(
         *[_address(part) for part in parts], size, *out_En.shape, level, threads, _address(out_En)
     )

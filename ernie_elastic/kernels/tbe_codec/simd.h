@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu_level.h"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define TBE_X86
 #include <immintrin.h>
@@ -29,7 +31,9 @@ struct Words {  // what `decode` reads and writes
 inline Level supported_level() {
 #ifdef TBE_X86
   static const Level best = [] {
+    if (ERNIE_ELASTIC_CPU_CAP < CPU_AVX2) return kPortable;
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2")) return kPortable;
+    if (ERNIE_ELASTIC_CPU_CAP < CPU_AVX512) return kAvx2;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
     return wide ? kAvx512 : kAvx2;

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ernie_elastic.errors import ConfigError, FormatError
-from ernie_elastic.kernels.native import NativeLibrary, build_and_load
+from ernie_elastic.kernels.native import NativeLibrary, load_library, openmp_parallel
 from ernie_elastic.kernels.zip_gemv import reference
 from ernie_elastic.kernels.zip_gemv.reference import PackedMatrix
 
@@ -42,33 +41,13 @@ class Matrix(ctypes.Structure):
     _fields_ = (*((name, _P) for name in reference.DTYPES), *((name, _I64) for name in ("rows", "columns", "level")))
 
 
-def openmp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None where there is none to be found.
-
-    Torch's idle threads spin for a while after each of its operations: threads of our own would fight them for cores.
-    """
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    loaded = sorted({match.group() for line in lines if (match := re.search(r"/\S*lib(?:gomp|iomp5|omp)\b.*", line))})
-    for path in sorted(loaded, key=lambda path: "torch" not in Path(path).parts):
-        try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
 @functools.cache
 def load() -> NativeLibrary:
     """Build (first use of the machine), load and declare the library; resolved once a process."""
-    native = build_and_load(Path(__file__).with_name("zip_gemv.cpp"))
-    library = native.library
-    if library is None:
-        return native
-    if library.zip_abi() != ABI:
-        return NativeLibrary(None, f"the built library has ABI {library.zip_abi()}, this package needs {ABI}")
+    return load_library(Path(__file__).with_name("zip_gemv.cpp"), ("zip_abi", ABI), _declare)
+
+
+def _declare(library: ctypes.CDLL) -> str:
     library.zip_use_openmp.argtypes = (_P,)
     parallel = openmp_parallel()
     library.zip_use_openmp(parallel)
@@ -85,7 +64,7 @@ def load() -> NativeLibrary:
     library.zip_read.argtypes = (_P, _I64, _INT)
     library.zip_read.restype = ctypes.c_uint64
     threads = "torch's OpenMP threads" if parallel else "own threads"
-    return NativeLibrary(library, f"{native.reason}, {LEVELS[library.zip_level()]}, {threads}")
+    return f"{LEVELS[library.zip_level()]}, {threads}"
 
 
 @functools.cache

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu_level.h"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define ZIP_X86 1
 #include <immintrin.h>
@@ -32,12 +34,14 @@ inline bool amx_is_allowed() {
 #endif
 }
 
-// The highest instruction set of this processor that there is code for, at most `wanted`.
+// The highest instruction set of this processor that there is code for, at most `wanted` and what the user allows.
 inline Level supported_level(int64_t wanted) {
 #ifdef ZIP_X86
   static const Level best = [] {
+    if (ERNIE_ELASTIC_CPU_CAP < CPU_AVX2) return kPortable;
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi"))
       return kPortable;
+    if (ERNIE_ELASTIC_CPU_CAP < CPU_AVX512) return kAvx2;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
                       __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
