@@ -1,8 +1,7 @@
 """Seconds until a command begins its work, and of whole commands on a tiny model, beside bare imports.
 
-A command is started as a user starts it, in a fresh process; `until_work.py` ends it where its work would begin, after a
-model it needs is loaded. ours: a user waits for both. Peers: Python that imports torch, or torch and Transformers'
-model code, and ends.
+A command is started as a user starts it, in a fresh process; `until_work.py` ends it where its work would begin, when a
+model that it needs is loaded. Peers: Python that imports torch, or torch and Transformers' model code, and ends.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_startup_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_startup_that_never_reaches_its_work_is_not_timed(bench: Any, tmp_path: Path) -> None:
     startup: ModuleType = bench("startup")
     never = [sys.executable, str(startup.UNTIL_WORK), "ernie_elastic.pipeline.doctor:doctor", "generate"]
-    with pytest.raises(RuntimeError, match="ended with 3: (?s:.*)generate ended with 2 and never called"):
+    with pytest.raises(RuntimeError, match=r"ended with 3: (?s:.*)generate ended with 2 and never called"):
         startup.process(never, tmp_path)
 
 
