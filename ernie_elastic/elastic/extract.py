@@ -187,7 +187,11 @@ def extract_submodel(
         "kept experts": [list(experts) for experts in spec.experts_per_layer],
     }
     print_table(before, after)
-    say(f"extract_submodel: wrote {out}")
+    size = sum(path.stat().st_size for path in out.glob("model*.safetensors"))
+    say(
+        f"extract_submodel: wrote {out}: {size:,} bytes of weights as {dtype} (the balance bias stays float32), "
+        f"with the tokenizers of {directory}"
+    )
     return {"before": before, "after": after}
 
 

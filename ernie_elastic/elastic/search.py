@@ -116,6 +116,7 @@ def extract_within_budget(
             for p in front
         ],
     )
+    say(f"extract_submodel: wrote {out / 'pareto.json'}: the {len(front)} best of {len(points)} measured sub-models")
     return table
 
 

@@ -19,7 +19,7 @@ from ernie_elastic.modeling.back_ends import choose_experts_back_end
 from ernie_elastic.modeling.configuration import ErnieElasticConfig
 
 if not torch.cuda.is_available():
-    # Transformers imports DeepSpeed while loading, which otherwise warns that it found no accelerator.
+    # Transformers imports DeepSpeed when a model is saved, which otherwise warns that it found no accelerator.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

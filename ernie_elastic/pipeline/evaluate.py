@@ -26,7 +26,8 @@ def run_evaluate(
     with stage_output(out, STAGE, config, parent=directory, overwrite=overwrite) as temporary:
         table = write_results(results, temporary, name or directory.name, tokenizers.audio.config.sample_rate)
     print_results(results)
-    say(f"evaluate: wrote {out}")
+    media = sum(path.suffix in (".png", ".wav") for path in out.iterdir())
+    say(f"evaluate: wrote {out}: results.json, samples.json and {media} pictures and sounds")
     return table
 
 

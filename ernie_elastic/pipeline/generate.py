@@ -64,7 +64,7 @@ def run_generate(
         if refiner is not None:
             result = refined(result, refiner, seed)
         write_media(result, out, tokenizers.audio.config.sample_rate)
-        say(f"generate: wrote {out}")
+        say(f"generate: wrote {out}: {described(result, tokenizers.audio.config.sample_rate)}")
     return result
 
 
@@ -73,6 +73,14 @@ def refined(value: np.ndarray, refiner: Refiner, seed: int) -> np.ndarray:
     if value.ndim == 3:
         return refiner.refine(value[None], seed=seed)[0].numpy()
     return refiner.refine_video(value, seed=seed).numpy()
+
+
+def described(value: np.ndarray, sample_rate: int) -> str:
+    """What a picture [H, W, 3], a clip [F, H, W, 3] (both uint8) or a sound [samples] (float) is, in a few words."""
+    if value.dtype != np.uint8:
+        return f"{len(value) / sample_rate:.2f} s of sound at {sample_rate} Hz"
+    size = f"{value.shape[-2]}x{value.shape[-3]} pixels"
+    return size if value.ndim == 3 else f"{len(value)} frames of {size}"
 
 
 def read_media(kind: str, path: Path, tokenizers: Tokenizers) -> Segment:

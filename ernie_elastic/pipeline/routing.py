@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ernie_elastic.analysis.report import write_report
 from ernie_elastic.analysis.trace import RoutingTrace, TraceHeader, save_trace
 from ernie_elastic.elastic.importance import packed_rows
 from ernie_elastic.errors import ConfigError
@@ -66,9 +65,14 @@ def run_routing(
     trace = trace_packed(
         model, packed, num_rows, directory.name if directory.name != "model" else str(directory.parent)
     )
+    from ernie_elastic.analysis.report import write_report  # matplotlib, which only drawing needs
+
     written = write_report(trace, out, f"Routing of {directory}", parent=directory, overwrite=overwrite)
     save_trace(out / "trace.npz", trace)
-    say(f"routing: {len(trace.task)} tokens; wrote {out / 'index.html'}")
+    say(
+        f"routing: {len(trace.task)} tokens; wrote {out / 'index.html'} with {len(written['figures'])} figures, "
+        "statistics.json and trace.npz"
+    )
     return written
 
 

@@ -23,7 +23,7 @@ from bench import common  # noqa: E402
 from ernie_elastic import stages  # noqa: E402
 from ernie_elastic.errors import ConfigError  # noqa: E402
 
-NOT_BENCHMARKS = {"__init__", "common", "gpu", "neural_tokenizers", "run", "training_runs"}
+NOT_BENCHMARKS = {"__init__", "common", "gpu", "neural_tokenizers", "run", "training_runs", "until_work"}
 
 
 def names() -> dict[str, str]:

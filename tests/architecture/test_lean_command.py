@@ -1,89 +1,122 @@
-"""`ernie-elastic --help` and the commands that compress start at once: without torch and whatever is as slow."""
+"""What each command has imported when its work begins: its own needs, not what other commands need."""
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pytest
 
 from tests.support import ROOT
 
-HEAVY = ("torch", "transformers", "deepspeed", "datasets", "triton", "matplotlib", "plotly", "numpy", "wandb")
-MAX_SECONDS = 1.5
-COMMAND = [sys.executable, "-m", "ernie_elastic.cli", "--help"]
+HEAVY = {
+    "accelerate", "datasets", "deepspeed", "matplotlib", "pandas", "plotly", "scipy", "sklearn", "skimage", "torch",
+    "transformers", "triton", "wandb",
+}  # fmt: skip
+# What Transformers' own model code imports is there before a command that loads a model can begin; more is our doing.
+MODEL_CODE = "torch, transformers.modeling_utils"
+NEVER = (HEAVY - {"torch", "transformers"}) | {
+    "ernie_elastic.analysis.drawing", "ernie_elastic.tokenizer_training", "ernie_elastic.training", "torch._dynamo",
+    "torch._inductor", "torch.distributed.tensor",
+}  # fmt: skip
+WITHOUT_TORCH = ("compress", "decompress", "info", "doctor")
+WITH_MODEL = ("extract", "generate", "evaluate", "routing")
+
+# Imports what is given, then forks a process for each command, which runs the command line until its work begins; one
+# line of module names each. A command that never reaches its work, or fails, ends this with its code.
+FORKS = """
+import importlib, json, os, runpy, sys
+until_work, folder, imports, cases = sys.argv[1:]
+os.chdir(folder)
+for name in filter(None, imports.split(", ")):
+    importlib.import_module(name)
+print(json.dumps(sorted(sys.modules)), flush=True)
+for target, arguments in json.loads(cases):
+    child = os.fork()
+    if not child:
+        sys.exit(runpy.run_path(until_work)["run_until"](target, arguments))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        sys.exit(code)
+"""
 LIST_MODULES = """
 import json, runpy, sys
-sys.argv[0] = "ernie-elastic"
+sys.argv = ["ernie-elastic", sys.argv[1]]
 try:
     runpy.run_module("ernie_elastic.cli", run_name="__main__")
 except SystemExit as stop:
     assert not stop.code, stop.code
-print("MODULES " + json.dumps(sorted(name for name in sys.modules if "." not in name)))
+print(json.dumps(sorted(sys.modules)))
 """
 
 
-def run_command(folder: Path, *arguments: str) -> tuple[list[str], list[str]]:
-    """Lines on standard output of a command run in `folder`, and the top-level modules that it imported."""
-    command = [sys.executable, "-c", LIST_MODULES, *arguments]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def startup() -> Any:
+    """scripts/bench/startup.py: which function does each command's work, and inputs that lead there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        return importlib.import_module("bench.startup")
+
+
+@pytest.fixture(scope="module")
+def inputs(startup: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and the same compressed."""
+    return startup.make_inputs(tmp_path_factory.mktemp("startup"))
+
+
+def run_python(code: str, *arguments: str) -> list[list[str]]:
+    """Lines of module names that a fresh interpreter prints."""
+    words = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    said, modules = done.stdout.rsplit("MODULES ", 1)
-    return said.splitlines(), json.loads(modules)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
 
 
-def test_help_answers_within_its_time() -> None:
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        assert "demo" in done.stdout and "doctor" in done.stdout, done.stdout
-        # Processor time: what the command costs, whatever else runs on this machine.
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < MAX_SECONDS, f"{min(seconds):.2f} s of processor time, at most {MAX_SECONDS}"
+def modules_when_work_begins(startup: Any, inputs: Path, imports: str, targets: dict[str, str]) -> dict[str, set[str]]:
+    """For each command, the modules that it has imported beyond `imports` when it calls its target."""
+    cases = [(target, startup.command(name, f"out-{name}")[3:]) for name, target in targets.items()]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{FORKS}"
+    before, *after = run_python(code, str(startup.UNTIL_WORK), str(inputs), imports, json.dumps(cases))
+    assert len(after) == len(cases), "every command prints its modules"
+    assert all("ernie_elastic.pipeline.commands" in names for names in after)
+    return {name: set(names) - set(before) for name, names in zip(targets, after, strict=True)}
 
 
-def test_help_imports_nothing_heavy() -> None:
-    _, modules = run_command(ROOT, "--help")
-    assert not set(modules) & set(HEAVY)
+@pytest.fixture(scope="module")
+def without_torch(startup: Any, inputs: Path) -> dict[str, set[str]]:
+    return modules_when_work_begins(startup, inputs, "", {name: startup.WORK[name][0] for name in WITHOUT_TORCH})
 
 
-def test_compressing_starts_without_torch_and_says_what_it_made(tmp_path: Path) -> None:
-    words = np.random.default_rng(0).standard_normal((64, 65), dtype=np.float32).view(np.uint32) >> 16
-    tensors = {"w": words, "norm": words[0], "noise": np.random.default_rng(1).integers(0, 65536, (32, 32))}
-    header, at = {"half": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}, 4
-    for name, values in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": list(values.shape), "data_offsets": [at, at + 2 * values.size]}
-        at += 2 * values.size
-    text = json.dumps(header).encode()
-    data = b"".join(values.astype("<u2").tobytes() for values in tensors.values())
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    content = len(text).to_bytes(8, "little") + text + bytes(4) + data
-    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+@pytest.fixture(scope="module")
+def with_model(startup: Any, inputs: Path) -> dict[str, set[str]]:
+    return modules_when_work_begins(startup, inputs, MODEL_CODE, {name: startup.WORK[name][0] for name in WITH_MODEL})
 
-    said, modules = run_command(tmp_path, "compress", "model", "--out", "out")
-    assert not set(modules) & {*HEAVY} - {"numpy"}
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert said[0].startswith("out: 1 of 4 tensors compressed")
-    assert f"{len(content):,} -> {size:,} bytes" in said[1] and size < len(content)
-    assert said[2].startswith("compressed weights: 16 -> 1")
-    assert said[3] == (
-        "left as they are: 1 F16 (only BF16 is compressed), 1 BF16 (under 2 dimensions or 512 weights), "
-        "1 BF16 (a stream would not be smaller)"
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    (modules,) = run_python(LIST_MODULES, option)
+    assert "ernie_elastic" in modules and not set(modules) & (HEAVY | {"numpy", "tyro"})
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_command_begins_its_work_without_torch(without_torch: dict[str, set[str]], name: str) -> None:
+    assert not without_torch[name] & HEAVY
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_command_with_a_loaded_model_has_imported_no_more_than_it_needs(
+    with_model: dict[str, set[str]], name: str
+) -> None:
+    assert "ernie_elastic.generation.loading" in with_model[name], "the list is that of a command which loaded a model"
+    assert not with_model[name] & NEVER
+
+
+def test_doctor_looks_at_the_machine_with_torch_alone(startup: Any, inputs: Path) -> None:
+    modules = modules_when_work_begins(
+        startup, inputs, "torch", {"doctor": "ernie_elastic.pipeline.doctor:format_rows"}
     )
-    said, modules = run_command(tmp_path, "info", "out")
-    assert not set(modules) & {*HEAVY} - {"numpy"}
-    assert said[-1].startswith("total: 4 tensors, 5,251 weights") and "1 compressed at 1" in said[-1]
-    assert len(said) == 6 and any(line.startswith("noise") and " stored " in line for line in said)
-    said, modules = run_command(tmp_path, "decompress", "out", "--out", "back")
-    assert not set(modules) & {*HEAVY} - {"numpy"}
-    assert said[0].startswith("back: 2 files restored") and "1 stream by checksum, 2 restored files" in said[1]
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == content
+    assert "ernie_elastic.kernels.zip_gemv" in modules["doctor"] and not modules["doctor"] & HEAVY

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,22 +30,23 @@ from tests.support import ROOT
 from tests.support.commands import EXECUTED, program_and_arguments
 
 
-def run_line(line: str, folder: Path) -> None:
-    """Run one line of EXECUTED in `folder`: our own commands in this process, the others as their own."""
+def run_line(line: str, folder: Path) -> str:
+    """Run one line of EXECUTED in `folder`: our own commands in this process, the others as their own; its stdout."""
     words = tuple(shlex.split(line))
     started, arguments = program_and_arguments(words)
-    if words[0] == "ernie-elastic":
-        assert cli.main(list(words[1:])) == 0, line
-    elif words[0] == "extract_submodel":
-        assert cli.run("extract_submodel", "extract", arguments) == 0, line
-    else:
-        launcher = [word for word in words[1:] if word.startswith("--nproc")] if words[0] == "torchrun" else []
-        command = [sys.executable, *(["-m", "torch.distributed.run", "--rdzv_backend=c10d",
-                   "--rdzv_endpoint=localhost:0", *launcher] if launcher else []), *started, *arguments]  # fmt: skip
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    if words[0] in ("ernie-elastic", "extract_submodel"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            short = words[0] == "extract_submodel"
+            assert (cli.run(words[0], "extract", arguments) if short else cli.main(list(words[1:]))) == 0, line
+        return printed.getvalue()
+    launcher = [word for word in words[1:] if word.startswith("--nproc")] if words[0] == "torchrun" else []
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", *launcher] if launcher else []), *started, *arguments]  # fmt: skip
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 def tiny_mimi() -> MimiModel:
@@ -75,8 +79,8 @@ def folder(tmp_path_factory) -> Path:
             (folder / "runs" / name).mkdir(parents=True)
             (folder / "runs" / name / "summary.json").write_text(json.dumps(made_up_summary(0.1 * number)))
         tiny_mimi().save_pretrained(folder / "mimi")
-        for line in EXECUTED:
-            run_line(line, folder)
+        printed = {line: run_line(line, folder) for line in EXECUTED}
+        (folder / "printed.json").write_text(json.dumps(printed))
     finally:
         os.chdir(before)
     return folder
@@ -133,6 +137,21 @@ def test_storage_is_smaller_than_serving(folder):
     sizes = {name: read_manifest(folder / name).extra["model_bytes"] for name in ("stored", "compressed")}
     print(sizes)
     assert sizes["stored"] < sizes["compressed"]
+
+
+def test_commands_say_what_they_wrote_and_where(folder):
+    printed = json.loads((folder / "printed.json").read_text())
+    writing = {line: shlex.split(line) for line in printed if line.startswith(("ernie-elastic", "extract_submodel"))}
+    writing = {line: words[words.index("--out") + 1] for line, words in writing.items() if "--out" in words}
+    silent = [line for line, out in writing.items() if not re.search(rf"(^|\s){re.escape(out)}\b", printed[line])]
+    assert len(writing) > 15 and not silent
+    sizes = {"picture.png": "48x48 pixels", "sound.wav": "s of sound at 16000 Hz", "report": "figures"}
+    sizes |= {"submodel": "bytes of weights as bfloat16", "evaluation": "results.json"}
+    for out, size in sizes.items():
+        (said,) = [printed[line] for line, name in writing.items() if name == out]
+        assert re.search(rf"wrote {re.escape(out)}\b.*{size}", said), said
+    budget = next(said for line, said in printed.items() if "--budget" in line)
+    assert "wrote submodel-fitting/pareto.json: the " in budget
 
 
 def test_decompressed_files_are_identical(folder):

@@ -34,6 +34,7 @@ REQUIRED = {
         "entropy",
         "pair_entropy",
     },
+    "startup": {"torch", "transformers"},
     "training_gpu": {"transformers", "sdpa", "grouped_mm"},
     "tokenizers": {"utf8_bpe", "transformers_janus", "transformers_mimi"},
     "zip_gemv_cpu": {"bf16_gemv", "torch_bf16", "torch_fp32", "memory_read", "reference"},
@@ -169,6 +170,25 @@ def test_zip_gemv_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = ["4 experts 2x32x64, top-2, M=1", "4 experts 2x32x64, top-2, M=4"]
     assert [row["case"].split(" (")[0] for row in rows] == [*products, "64x96 pack", "64x96 unpack", *layers]
     assert all(set(row["theirs"]) == REQUIRED["zip_gemv_cpu"] - {"reference"} for row in rows[:2])
+
+
+def test_startup_rows(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    startup: ModuleType = bench("startup")
+    monkeypatch.setattr(startup, "IMPORTS", {"torch": "import json", "transformers": "import decimal"})
+    monkeypatch.setattr(startup, "WORK", {"doctor": ("ernie_elastic.pipeline.doctor:print_doctor", "")})
+    monkeypatch.setattr(startup, "WHOLE", ())
+    monkeypatch.setattr(startup, "make_inputs", lambda folder: folder)
+    rows = [row.to_json() for row in startup.run(True)]
+    check_rows(rows, REQUIRED["startup"])
+    assert [row["case"] for row in rows] == ["doctor, work begins"]
+    assert set(rows[0]["theirs"]) == REQUIRED["startup"] and rows[0]["unit"] == "s"
+
+
+def test_startup_that_never_reaches_its_work_is_not_timed(bench: Any, tmp_path: Path) -> None:
+    startup: ModuleType = bench("startup")
+    never = [sys.executable, str(startup.UNTIL_WORK), "ernie_elastic.pipeline.doctor:doctor", "generate"]
+    with pytest.raises(RuntimeError, match=r"ended with 3: (?s:.*)generate ended with 2 and never called"):
+        startup.process(never, tmp_path)
 
 
 def write_catalog(file: Path, messages: dict[str, str]) -> None:
