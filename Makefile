@@ -5,6 +5,7 @@
 #                   SEED=1 RUN=runs/demo-1: another seed in a folder of its own)
 #   make test       every test with sampled stress        (ARGS="-k masks" is handed to pytest)
 #   make test-all   every test with full counts, slow ones included
+#                   (CPU=avx2 or CPU=portable with either: as on a processor that has no more than that)
 #   make check      ruff, mypy, import-linter             (make format repairs what ruff can repair)
 #   make clean      remove .venv and the tools' caches; runs/ stays
 #
@@ -22,13 +23,24 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 CODE := ernie_elastic scripts tests
+# What torch, MKL, oneDNN and our own C++ may use at most, for tests of a processor that is not here. Only MKL_CBWR
+# reaches MKL on AMD. What the processor lacks no setting adds.
+CPU :=
+CPU_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ERNIE_ELASTIC_CPU=avx2
+CPU_portable := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE \
+	ONEDNN_MAX_CPU_ISA=SSE41 ERNIE_ELASTIC_CPU=portable
+ifneq ($(CPU),)
+ifeq ($(CPU_$(CPU)),)
+$(error CPU is '$(CPU)'; it may be avx2, portable or empty (this processor as it is))
+endif
+endif
 # One thread per test process: two processes share the cores, and results do not depend on the machine.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(CPU_$(CPU)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all check format clean
 
 help:
-	@sed -n '3,8s/^#//p' Makefile
+	@sed -n '3,9s/^#//p' Makefile
 
 setup: $(STAMP)
 

@@ -8,7 +8,9 @@ device; the same files run with real dtypes where there is one.
 from __future__ import annotations
 
 import os
+import platform
 import random
+from pathlib import Path
 
 # Both must be set before the package, transformers or triton are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +48,28 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose the Hypothesis profile and keep torch to one thread per test process."""
     hypothesis.settings.load_profile("full" if is_full(config) else "sampled")
     torch.set_num_threads(1)
+
+
+# What `make test CPU=...` sets, and what else caps the instructions of torch and its libraries.
+CPU_SETTINGS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ERNIE_ELASTIC_CPU")
+
+
+def pytest_report_header() -> str:
+    """The processor, what torch uses of it, and the settings that make it imitate another one."""
+    imitated = [f"{name}={os.environ[name]}" for name in CPU_SETTINGS if os.environ.get(name)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    header = f"processor: {processor_name()}, {os.cpu_count()} cores, torch runs {capability}"
+    return f"{header}; imitating: {' '.join(imitated)}" if imitated else header
+
+
+def processor_name() -> str:
+    """The name that Linux knows, or whatever the platform says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ from ernie_elastic.training.engines.choice import make_engine
 from ernie_elastic.training.ranks import all_reduce_sum, rank, shut_down, world_size
 from tests.distributed.train_worker import rows_of
 from tests.modeling.common import RICH, tiny_model
+from tests.support.steady import Margins, without_noise_steps
 
 ROWS, COUNTS = 2, (1, 3, 2, 4, 1)
 
@@ -33,6 +34,8 @@ def main() -> None:
     )
     elastic = ElasticConfig(full_depth=0.3, full_width=0.3, full_sparsity=0.3, per_micro_batch=True)
     engine = make_engine(model, training)
+    without_noise_steps(engine)
+    margins = Margins(engine.model)
     ledger = RoutingLedger(model.config.num_hidden_layers, model.config.num_experts)
     share = ROWS // world_size()
     losses, norms, labels, unit = [], [], [], 0
@@ -50,14 +53,13 @@ def main() -> None:
         losses.append([(r.sums / r.counts.clamp(min=1e-6)).tolist() for r in results])
         norms.append(norm)
         labels.append([spec.label() for spec in specs])
-    weights = {name: float(p.detach().double().pow(2).sum()) for name, p in engine.model.named_parameters()}
+    weights = {name: p.detach().double().tolist() for name, p in engine.model.named_parameters()}
     bias = [gate.e_score_correction_bias.tolist() for gate in routers(engine.model).values()]
     if rank() == 0:
         flat = [value for step in losses for value in step]
         flat_labels = [label for step in labels for label in step]
-        out.write_text(
-            json.dumps({"losses": flat, "norms": norms, "specs": flat_labels, "weights": weights, "bias": bias})
-        )
+        result = {"losses": flat, "norms": norms, "specs": flat_labels, "weights": weights, "bias": bias}
+        out.write_text(json.dumps({**result, "margin": margins.smallest}))
     shut_down()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,15 @@ def run(out: Path, ranks: int, *arguments: str) -> dict:
 def close(result: dict, expected: dict) -> None:
     """The same specs, losses, norms, balance biases and weights, but for the rounding of other orders of sums."""
     assert result["specs"] == expected["specs"] and len(set(result["specs"])) > 1, "elastic steps must occur"
+    # Scores below 1 round at 1e-7 an operation: no router comes near enough to a tie for that to choose its expert.
+    assert expected["margin"] > 5e-6, "the comparison needs other data: a router is at a tie"
     torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-4, atol=1e-5)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-3) and min(expected["norms"]) > 0
     assert result["bias"] == expected["bias"]
     for name, value in expected["weights"].items():
-        assert result["weights"][name] == pytest.approx(value, rel=1e-3), name
+        # A step moves an element by up to 1e-2; what rounding moves it by was 1e-6 after all five.
+        got = torch.tensor(result["weights"][name])
+        torch.testing.assert_close(got, torch.tensor(value), rtol=0, atol=1e-4, msg=partial("{} {}".format, name))
 
 
 @pytest.fixture(scope="module")

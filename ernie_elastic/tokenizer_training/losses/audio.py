@@ -105,7 +105,8 @@ class MultiScaleMel(nn.Module):
             reference_NMT, estimate_NMT = self._mel(reference_NL, window), self._mel(estimate_NL, window)
             log_N = ((reference_NMT + LOG_FLOOR).log() - (estimate_NMT + LOG_FLOOR).log()).abs().mean(dim=(1, 2))
             square_N = (reference_NMT - estimate_NMT).square().mean(dim=(1, 2))
-            root_N = (square_N + RMS_FLOOR).sqrt() - RMS_FLOOR**0.5  # 0 for equal sounds, with a bounded slope
+            # sqrt(square + floor) - sqrt(floor) without the difference: exactly 0 for equal sounds, a bounded slope.
+            root_N = square_N / ((square_N + RMS_FLOOR).sqrt() + RMS_FLOOR**0.5)
             parts.append(log_N + self.linear_weight * root_N)
         return torch.stack(parts).mean(dim=0)
 
