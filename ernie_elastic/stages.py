@@ -97,7 +97,8 @@ def write_json(path: Path, value: Any) -> None:
 def system_error(error: Exception, folder: Path | None = None) -> OSError | None:
     """The operating system's error behind an exception, or None: itself, or what a library made of it.
 
-    safetensors quotes the number in its text; torch.save names none, so a full disk is looked for under `folder`.
+    safetensors quotes the number in its text. torch.save raises another error while it handles that of a Python stream;
+    where it opened the file itself it names none, so a full disk is looked for under `folder`.
     """
     if isinstance(error, OSError):
         return error
@@ -106,6 +107,8 @@ def system_error(error: Exception, folder: Path | None = None) -> OSError | None
         quoted = re.search(r"\(os error (\d+)\)", text)
         number = int(quoted[1]) if quoted else None
     elif isinstance(error, RuntimeError) and ("iostream error" in text or "inline_container" in text):
+        if isinstance(error.__context__, OSError):
+            return error.__context__
         full = folder is not None and folder.exists() and shutil.disk_usage(folder).free < 2**20
         number = errno.ENOSPC if full else errno.EIO
     return None if number is None else OSError(number, os.strerror(number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -19,9 +20,9 @@ ENDLESS = ("--training.steps", "100000", "--training.checkpoint-every", "0", "--
 MINUTE = 60.0
 
 
-def start(whole: Path, tmp_path: Path, torchrun: bool, *more: str) -> tuple[Path, list]:
+def start(whole: Path, tmp_path: Path, starts=runs.start, **how) -> tuple[Path, Sequence[runs.Process]]:
     run_dir = runs.copy_inputs(whole, tmp_path / "run")
-    processes = runs.start(run_dir, *ENDLESS, *more, torchrun=torchrun)
+    processes = starts(run_dir, *ENDLESS, **how)
     assert runs.wait_until(lambda: runs.num_lines(run_dir) >= 3, processes)
     return run_dir, processes
 
@@ -32,7 +33,7 @@ def test_the_usual_limit_keeps_the_promise_of_a_minute():
 
 
 def test_under_torchrun_a_killed_rank_ends_the_job(whole, tmp_path):
-    run_dir, agents = start(whole, tmp_path, True)
+    run_dir, agents = start(whole, tmp_path, runs.start_interpreters)
     try:
         victim = runs.worker(agents[0], 1)
         others = [child for child in psutil.Process(agents[0].pid).children(recursive=True) if child.pid != victim.pid]
@@ -54,7 +55,7 @@ def test_under_torchrun_a_killed_rank_ends_the_job(whole, tmp_path):
     ],
 )  # fmt: skip
 def test_without_an_agent_the_survivor_ends_and_names_the_rank(whole, tmp_path, rank, name, said):
-    run_dir, processes = start(whole, tmp_path, False)
+    run_dir, processes = start(whole, tmp_path, torchrun=False)
     try:
         begun = time.monotonic()
         os.kill(processes[rank].pid, getattr(signal, name))
@@ -68,7 +69,7 @@ def test_without_an_agent_the_survivor_ends_and_names_the_rank(whole, tmp_path, 
 
 @pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_agent(whole, tmp_path):
-    _, agents = start(whole, tmp_path, True)
+    _, agents = start(whole, tmp_path, runs.start_interpreters)
     orphans = psutil.Process(agents[0].pid).children(recursive=True)
     try:
         agents[0].kill()
@@ -80,24 +81,28 @@ def test_ranks_do_not_outlive_a_killed_agent(whole, tmp_path):
                 orphan.kill()
 
 
-def test_a_rank_that_cannot_write_its_part_ends_the_job_and_leaves_the_last_checkpoint(whole, tmp_path):
+@pytest.mark.parametrize("launcher", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_rank_that_cannot_write_its_part_ends_the_job_and_leaves_the_last_checkpoint(whole, tmp_path, launcher):
     run_dir = runs.copy_inputs(whole, tmp_path / "run")
     arguments = ("--training.checkpoint-every", "4", "--training.rank-limit-s", "6")
-    agents = runs.start(run_dir, "--training.steps", "100000", *arguments)
+    endless = ("--training.steps", "100000", *arguments)
+    processes = runs.start_interpreters(run_dir, *endless) if launcher else runs.start(run_dir, *endless, torchrun=False)
     root = run_dir / "checkpoints"
     try:
-        assert runs.wait_until(lambda: (root / "latest").exists(), agents)
+        assert runs.wait_until(lambda: (root / "latest").exists(), processes)
+        victim = runs.worker(processes[0], 1) if launcher else psutil.Process(processes[1].pid)
         # Files above this size fail as on a full disk; the rank's part of the optimizer state is larger.
-        runs.worker(agents[0], 1).rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
-        assert agents[0].wait(MINUTE) != 0
+        victim.rlimit(psutil.RLIMIT_FSIZE, (100_000, 100_000))
+        assert all(process.wait(MINUTE) != 0 for process in processes)
     finally:
-        runs.kill_all(agents)
-    printed = run_dir.with_suffix(".log").read_text()
+        runs.kill_all(processes)
+    printed = "".join(log.read_text() for log in sorted(tmp_path.glob("run*.log")))
     assert "error: rank 1: cannot write" in printed and "File too large" in printed, printed[-3000:]
+    assert launcher or "another rank failed; its message says why" in (tmp_path / "run-0.log").read_text()
     steps = list_steps(root)
     assert steps and all(checkpoint_problem(root / f"step-{step}") is None for step in steps)
-    # The launcher ends the other rank when one has failed, in the middle of its cleaning up at worst.
-    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".step-"))
+    # A launcher ends the other rank when one has failed, in the middle of its cleaning up at worst.
+    names = sorted(path.name for path in root.iterdir() if not (launcher and path.name.startswith(".step-")))
     assert names == ["latest", *(f"step-{step}" for step in steps)]
     last = latest_checkpoint(run_dir)
     assert last is not None

@@ -28,10 +28,16 @@ from ernie_elastic.stages import read_manifest, sha256_file
 from tests.scripts.test_demo_seeds import made_up_summary
 from tests.support import ROOT
 from tests.support.commands import EXECUTED, program_and_arguments
+from tests.support.pretrain_runs import kill_all
+from tests.support.warm_ranks import torchrun
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 def run_line(line: str, folder: Path) -> str:
-    """Run one line of EXECUTED in `folder`: our own commands in this process, the others as their own; its stdout."""
+    """Run one line of EXECUTED in `folder`: our own commands in this process, launchers in processes that are warm
+    (tests/distributed/test_kill_rank.py types a launcher's line), other scripts in interpreters of their own; what it
+    printed."""
     words = tuple(shlex.split(line))
     started, arguments = program_and_arguments(words)
     if words[0] in ("ernie-elastic", "extract_submodel"):
@@ -39,11 +45,19 @@ def run_line(line: str, folder: Path) -> str:
             short = words[0] == "extract_submodel"
             assert (cli.run(words[0], "extract", arguments) if short else cli.main(list(words[1:]))) == 0, line
         return printed.getvalue()
-    launcher = [word for word in words[1:] if word.startswith("--nproc")] if words[0] == "torchrun" else []
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", *launcher] if launcher else []), *started, *arguments]  # fmt: skip
+    if words[0] == "torchrun":
+        log = folder / "printed.log"
+        log.unlink(missing_ok=True)
+        ranks = int(next(word for word in words if word.startswith("--nproc_per_node=")).split("=")[1])
+        agent = torchrun(ranks, Path(started[0]), *arguments, log=log)
+        try:
+            assert agent.wait(240) == 0, f"{line}\n{log.read_text()[-5000:]}"
+        finally:
+            kill_all([agent])
+        return log.read_text()
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *started, *arguments]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout

@@ -14,7 +14,10 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT, warm_ranks
+
+PRETRAIN = ROOT / "scripts" / "pretrain.py"
+Process = subprocess.Popen[str] | warm_ranks.Forked
 # What a machine's speed decides; every other value of a record is a pure function of the configuration.
 TIMED = {
     "seconds", "tokens_per_s", "mfu", "eta_s", "data_wait_s", "data_wait_share", "memory_gib", "checkpoint_stall_s",
@@ -23,43 +26,29 @@ TIMED = {
 
 def start(
     run_dir: Path, *arguments: str, ranks: int = 2, torchrun: bool = True, preset: str = "debug"
-) -> list[subprocess.Popen[str]]:
+) -> Sequence[Process]:
     """The processes of a run: torchrun's agent, or with torchrun=False the ranks themselves.
 
     What they print is in `<run_dir>.log`, with `-RANK` before the suffix for ranks without an agent.
     """
-    command = [str(ROOT / "scripts" / "pretrain.py"), preset, "--run-dir", str(run_dir), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [preset, "--run-dir", str(run_dir), *arguments]
     if torchrun:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
-        whole = [sys.executable, *launcher, "--rdzv_endpoint=localhost:0", *command]
-        return [_popen(whole, run_dir.with_suffix(".log"), environment)]
-    port = free_port()
-    return [
-        _popen(
-            [sys.executable, *command],
-            run_dir.with_name(f"{run_dir.name}-{rank}.log"),
-            {
-                **environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+        return [warm_ranks.torchrun(ranks, PRETRAIN, *command, log=run_dir.with_suffix(".log"))]
+    logs = [run_dir.with_name(f"{run_dir.name}-{rank}.log") for rank in range(ranks)]
+    return warm_ranks.ranks_of(ranks, PRETRAIN, command, logs)
 
 
-def _popen(command: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    with open(log, "a") as stream:
-        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, text=True)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def start_interpreters(run_dir: Path, *arguments: str, ranks: int = 2) -> Sequence[Process]:
+    """`start` with torchrun as a user types it, every process an interpreter of its own."""
+    command = [str(PRETRAIN), "debug", "--run-dir", str(run_dir), *arguments]
+    launcher = ["-m", warm_ranks.TORCHRUN, f"--nproc_per_node={ranks}", "--rdzv_backend=c10d"]
+    with open(run_dir.with_suffix(".log"), "a") as stream:
+        return [
+            subprocess.Popen(
+                [sys.executable, *launcher, "--rdzv_endpoint=localhost:0", *command],
+                stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **warm_ranks.SHARED}, text=True,
+            )
+        ]  # fmt: skip
 
 
 def finish(run_dir: Path, *arguments: str, ranks: int = 2, preset: str = "debug", limit_s: float = 200.0) -> str:
@@ -75,7 +64,7 @@ def finish(run_dir: Path, *arguments: str, ranks: int = 2, preset: str = "debug"
     return log.read_text()
 
 
-def kill_all(processes: Sequence[subprocess.Popen[Any]]) -> None:
+def kill_all(processes: Sequence[Process]) -> None:
     """SIGKILL to the processes and all that they started, as a machine that goes down does."""
     doomed = []
     for process in processes:
@@ -94,15 +83,14 @@ def kill_all(processes: Sequence[subprocess.Popen[Any]]) -> None:
     psutil.wait_procs(doomed, 30)
 
 
-def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
-    """The process of a rank below torchrun's agent."""
-    for child in psutil.Process(agent.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank) and "pretrain.py" in " ".join(child.cmdline()):
-            return child
-    raise AssertionError(f"rank {rank} is not running")
+def worker(agent: Process, rank: int) -> psutil.Process:
+    """The process of a rank below torchrun's agent, which starts one after the other."""
+    ranks = sorted(psutil.Process(agent.pid).children(), key=lambda child: (child.create_time(), child.pid))
+    assert len(ranks) > rank, f"rank {rank} is not running"
+    return ranks[rank]
 
 
-def wait_until(ready: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], limit_s: float = 90.0) -> bool:
+def wait_until(ready: Callable[[], bool], processes: Sequence[Process], limit_s: float = 90.0) -> bool:
     """Wait for a condition; False when a process ended first, an AssertionError at the limit."""
     begun = time.monotonic()
     while not ready():
