@@ -86,7 +86,10 @@ def test_a_rank_that_cannot_write_its_part_ends_the_job_and_leaves_the_last_chec
     run_dir = runs.copy_inputs(whole, tmp_path / "run")
     arguments = ("--training.checkpoint-every", "4", "--training.rank-limit-s", "6")
     endless = ("--training.steps", "100000", *arguments)
-    processes = runs.start_interpreters(run_dir, *endless) if launcher else runs.start(run_dir, *endless, torchrun=False)
+    if launcher:
+        processes = runs.start_interpreters(run_dir, *endless)
+    else:
+        processes = runs.start(run_dir, *endless, torchrun=False)
     root = run_dir / "checkpoints"
     try:
         assert runs.wait_until(lambda: (root / "latest").exists(), processes)

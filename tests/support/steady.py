@@ -37,7 +37,8 @@ class Margins:
     def _see(self, router: ErnieElasticTopKRouter, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         logits_NE, _, ids_NK = output
         kept_experts = inputs[1] if len(inputs) > 1 else None
-        bias_E = router.e_score_correction_bias if kept_experts is None else router.e_score_correction_bias[kept_experts]
+        bias_E = router.e_score_correction_bias
+        bias_E = bias_E if kept_experts is None else bias_E[kept_experts]
         scores_NE = logits_NE.softmax(-1) if router.scoring == "softmax" else logits_NE.sigmoid()
         sorted_NE = (scores_NE + bias_E).sort(-1, descending=True).values
         if ids_NK.shape[1] < sorted_NE.shape[1]:
