@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +56,8 @@ def test_under_torchrun_a_killed_rank_ends_the_job(whole, tmp_path):
 def test_without_an_agent_the_survivor_ends_and_names_the_rank(whole, tmp_path, rank, name, said):
     run_dir, processes = start(whole, tmp_path, torchrun=False)
     try:
-        begun = time.monotonic()
         os.kill(processes[rank].pid, getattr(signal, name))
         assert processes[1 - rank].wait(MINUTE) != 0
-        assert time.monotonic() - begun < 6 + MINUTE / 3, "a limit of 6 s, and some polls"
     finally:
         runs.kill_all(processes)
     printed = run_dir.with_name(f"run-{1 - rank}.log").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,6 @@ def test_rows_agree_with_this_machine(tmp_path: Path) -> None:
     assert rows["disk"].ok and str(tmp_path) in rows["disk"].value
     total, free = module.memory_bytes()
     assert 0 < free <= total
-
-
-def test_it_is_fast() -> None:
-    doctor()  # imports
-    start = time.process_time()
-    doctor()
-    assert time.process_time() - start < 0.5
 
 
 def test_a_probe_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
