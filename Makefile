@@ -22,8 +22,10 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 CODE := ernie_elastic scripts tests
-# One thread per test process: two processes share the cores, and results do not depend on the machine.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# One thread per test process: two processes share the cores, and results do not depend on the machine. They take whole
+# files in the order of tests/conftest.py, long ones first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	--durations=25 --durations-min=3
 
 .PHONY: help setup demo test test-all check format clean
 
