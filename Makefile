@@ -34,8 +34,10 @@ ifeq ($(CPU_$(CPU)),)
 $(error CPU is '$(CPU)'; it may be avx2, portable or empty (this processor as it is))
 endif
 endif
-# One thread per test process: two processes share the cores, and results do not depend on the machine.
-PYTEST := $(CPU_$(CPU)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# One thread per test process: two processes share the cores, and results do not depend on the machine. They take whole
+# files in the order of tests/conftest.py, long ones first.
+PYTEST := $(CPU_$(CPU)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	--durations=25 --durations-min=3
 
 .PHONY: help setup demo test test-all check format clean
 

@@ -73,18 +73,32 @@ def processor_name() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out of a sampled run (unless `-m` or a test id asks for them), skip gpu tests without a GPU."""
+    """Leave slow tests out of a sampled run (unless `-m` or a test id asks for them), skip gpu tests without a GPU;
+    long files come first, so that the processes of a run, which take files in turn, end together."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     asked_by_name = any("::" in argument for argument in config.args)
-    if is_full(config) or config.getoption("-m") or asked_by_name:
-        return
     slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
+    if slow and not (is_full(config) or config.getoption("-m") or asked_by_name):
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if not asked_by_name:
+        items[:] = long_files_first(items)
+
+
+def long_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Files with tests of several processes, then those with interpreted kernels, then those with more tests."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def rank(tests: list[pytest.Item]) -> tuple[bool, bool, int]:
+        marks = {mark.name for test in tests for mark in test.iter_markers()}
+        return "distributed" not in marks, "interpreter" not in marks, -len(tests)
+
+    return [test for tests in sorted(files.values(), key=rank) for test in tests]
 
 
 @pytest.fixture(autouse=True)

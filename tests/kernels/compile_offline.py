@@ -1,7 +1,8 @@
 """Every Triton kernel of the package, compiled for GPUs that are not here; prints what came out, as JSON.
 
-Runs without TRITON_INTERPRET. `--all` adds the plain twins and the larger batch. One object per kernel and
-architecture: {"kernel", "arch", "cubin_bytes", "shared_bytes", "has_mma", "stack_bytes", "products"}.
+Runs without TRITON_INTERPRET. `--all` adds the plain twins and the larger batch, `--sampled` compiles each kernel for
+one architecture, the next kernel for the next one. One object per kernel and architecture: {"kernel", "arch",
+"cubin_bytes", "shared_bytes", "has_mma", "stack_bytes", "products"}.
 scripts/kernel_instructions.py counts the same cases.
 """
 
@@ -148,8 +149,9 @@ def stack_bytes(cubin: bytes) -> int:
 def main() -> None:
     """Compile and print one JSON list."""
     found = []
-    for case in cases("--all" in sys.argv[1:]):
-        for arch in ARCHITECTURES:
+    for number, case in enumerate(cases("--all" in sys.argv[1:])):
+        one = ARCHITECTURES[number % len(ARCHITECTURES)]
+        for arch in (one,) if "--sampled" in sys.argv[1:] else ARCHITECTURES:
             kernel = case.compile(arch)
             found.append(
                 {

@@ -26,9 +26,8 @@ def compiled(*arguments: str) -> list[dict[str, object]]:
     return json.loads(done.stdout)
 
 
-def check(found: list[dict[str, object]], kernels: set[str]) -> None:
-    """Every kernel for every architecture, hardly a register spilled; products on tensor cores."""
-    assert {(item["kernel"], item["arch"]) for item in found} == {(k, a) for k in kernels for a in (80, 89, 90, 120)}
+def check(found: list[dict[str, object]]) -> None:
+    """Hardly a register spilled; products on tensor cores."""
     for item in found:
         assert isinstance(item["cubin_bytes"], int) and item["cubin_bytes"] > 1000
         assert isinstance(item["shared_bytes"], int) and item["shared_bytes"] <= SHARED_LIMIT
@@ -42,10 +41,20 @@ KERNELS = {"tbe_decode", "tbe_decode_bitmaps", "lane_tiles_unpack", "zip_gemm_b1
 TWINS = {"zip_gemm_b64", "bf16_gemm_b16", "bf16_gemm_b64", "bf16_moe_gate_up", "bf16_moe_down"}
 
 
-def test_kernels_compile_for_every_architecture() -> None:
-    check(compiled(), KERNELS)
+ARCHITECTURES = {80, 89, 90, 120}
+
+
+def test_every_kernel_compiles_and_for_every_architecture_some() -> None:
+    found = compiled("--sampled")
+    check(found)
+    assert sorted(str(item["kernel"]) for item in found) == sorted(KERNELS)
+    assert {item["arch"] for item in found} == ARCHITECTURES
+    assert len({item["arch"] for item in found if item["products"]}) == 3, "products differ most between them"
 
 
 @pytest.mark.slow
 def test_all_variants_compile_for_every_architecture() -> None:
-    check(compiled("--all"), KERNELS | TWINS)
+    found = compiled("--all")
+    check(found)
+    expected = {(kernel, arch) for kernel in KERNELS | TWINS for arch in ARCHITECTURES}
+    assert {(item["kernel"], item["arch"]) for item in found} == expected
