@@ -123,7 +123,7 @@ def test_codec_measures_any_directory(
 
 def test_codec_that_loses_bits_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     codec: ModuleType = bench("codec")
-    monkeypatch.setattr(codec.codec, "decode", lambda stream: torch.zeros(8, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr(codec.compression, "decode", lambda stream: torch.zeros(8, 8, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="ours does not give back the bits of tiny"):
         codec.measure("tiny", torch.randn(8, 8).bfloat16(), 1)
 
